@@ -1,0 +1,324 @@
+"""Options: frozen dataclasses <-> command-line flags <-> YAML.
+
+A field of a dataclass is an option: `client_lr` is `--client-lr` on the command line and `client_lr:` in YAML. What the
+field may hold is written once, in `option(...)`, and used for the help, the check and the error message. Nothing here
+needs torch or MPI, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fedmpi.core.errors import ConfigError
+
+C = TypeVar("C")
+
+PROVENANCE = "provenance"
+"""The one YAML key that is no option: `config.yaml` records there what the run was made with; loading skips it."""
+
+
+def option(default: object, text: str, group: str, bounds: str = "", result: bool = True) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: the value when neither a flag nor the YAML file gives one.
+        text: one line of help.
+        group: heading under which `--help` lists it.
+        bounds: the legal interval of a number, e.g. "(0, 1]" or "[1, inf)"; empty: any.
+        result: whether the option can change the trained model. Equal `result` options: same bits.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": text, "group": group, "bounds": bounds, "result": result}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data set, split how, over how many clients."""
+
+    dataset: Literal["mnist", "fashion-mnist", "cifar10", "digits", "synthetic"] = option(
+        "mnist", "data set; digits and synthetic need no network", "Data"
+    )
+    data_dir: str | None = option(
+        None, "folder that holds the data sets (default: $FEDMPI_DATA, else ~/.cache/fedmpi)", "Data", result=False
+    )
+    num_clients: int = option(100, "simulated participants the training data is split over", "Data", "[1, inf)")
+    partition: Literal["iid", "shards", "dirichlet"] = option(
+        "iid", "how: random equal parts; label-sorted shards (McMahan); label proportions ~ Dir(alpha)", "Data"
+    )
+    num_shards: int | None = option(
+        None, "shards: number of label-sorted shards (default: 2 a client)", "Data", "[1, inf)"
+    )
+    alpha: float | None = option(None, "dirichlet: concentration, small = skewed (default: 0.5)", "Data", "(0, inf)")
+    min_samples: int | None = option(
+        None, "dirichlet: fewest samples a client may hold (default: 1)", "Data", "[1, inf)"
+    )
+    partition_seed: int = option(
+        0, "seed of the split; --seed leaves the split alone", "Data", "[0, 9223372036854775807]"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(DataConfig):
+    """Every option of a training job. An algorithm with more knobs extends it."""
+
+    partition_file: str | None = option(
+        None, "pickle {client_id: indices} to use instead of --partition", "Data", result=False
+    )
+
+    model: str = option("cnn", "2nn, cnn, cnn_fedlab, logistic, or module:function", "Local training")
+    local_epochs: int = option(1, "passes over a client's samples each round", "Local training", "[1, inf)")
+    batch_size: int = option(10, "samples a step; 0 = all the client has", "Local training", "[0, inf)")
+    client_lr: float = option(0.1, "step size of the clients' SGD", "Local training", "(0, inf)")
+    client_momentum: float = option(0.0, "momentum of the clients' SGD", "Local training", "[0, 1)")
+    client_weight_decay: float = option(0.0, "weight decay of the clients' SGD", "Local training", "[0, inf)")
+
+    sample_ratio: float | None = option(
+        None, "share of the clients in each round, rounded to the nearest count, at least 1 (default: 0.1)",
+        "Federation", "(0, 1]",
+    )  # fmt: skip
+    cohort_size: int | None = option(None, "clients in each round, instead of --sample-ratio", "Federation", "[1, inf)")
+    rounds: int = option(20, "rounds to train", "Federation", "[1, inf)")
+    target_accuracy: float | None = option(None, "stop once the test accuracy reaches it", "Federation", "(0, 1]")
+    eval_every: int = option(1, "evaluate after every Nth round, and after the last", "Federation", "[1, inf)")
+    server_lr: float = option(1.0, "step size of the server along the mean update", "Federation", "(0, inf)")
+    collect: Literal["auto", "reduce", "gather"] = option(
+        "auto", "updates travel as one exact sum or row by row; same bits (auto: what the handler needs)",
+        "Federation", result=False,
+    )  # fmt: skip
+    seed: int = option(0, "seed of initial weights, cohorts and batches", "Federation", "[0, 9223372036854775807]")
+
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "where trainers compute (auto: a GPU if visible)", "Machine"
+    )
+    threads: int | Literal["auto"] = option(
+        1,
+        "CPU threads per trainer; the last bits depend on it (auto: cores of this job / ranks)",
+        "Machine",
+        "[1, 1024]",
+    )
+    ethernet: str | None = option(None, "network interface MPI uses between nodes, e.g. eth0", "Machine", result=False)
+    run_dir: str | None = option(
+        None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
+    )
+    quiet: bool = option(False, "only errors and the closing summary", "Output", result=False)
+    verbose: bool = option(False, "also what each client did", "Output", result=False)
+
+    @property
+    def clients_per_round(self) -> int:
+        """`cohort_size`, else `sample_ratio` x `num_clients` to the nearest integer (half up), at least 1."""
+        if self.cohort_size is not None:
+            return self.cohort_size
+        ratio = 0.1 if self.sample_ratio is None else self.sample_ratio
+        return max(1, math.floor(ratio * self.num_clients + 0.5))
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            ConfigError: names the options and their values.
+        """
+        if self.cohort_size is not None and self.sample_ratio is not None:
+            raise ConfigError(
+                f"--cohort-size ({self.cohort_size}) and --sample-ratio ({self.sample_ratio}) exclude each other: give one"
+            )
+        if self.clients_per_round > self.num_clients:
+            raise ConfigError(
+                f"--cohort-size must be in [1, {self.num_clients}] (--num-clients), got {self.cohort_size}"
+            )
+        if self.quiet and self.verbose:
+            raise ConfigError("--quiet and --verbose exclude each other: give one")
+        if self.partition_file is not None:
+            given = [f for f in ("num_shards", "alpha", "min_samples") if getattr(self, f) is not None]
+            if given:
+                raise ConfigError(f"{_flag(given[0])} shapes a new split, but --partition-file brings one: give one")
+
+
+def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
+    """`argv` (without the program's name) as a `cls`; flags win over `--config FILE.yaml`, which wins over defaults.
+
+    Raises:
+        ConfigError: one line that names option, value and what is wanted.
+        SystemExit: after `--help`, with code 0.
+    """
+    from jsonargparse import Namespace  # here: `import fedmpi.config` alone stays instant
+
+    parser = _parser(cls, prog, description)
+    argv = list(argv)
+    configs = [_read_yaml(path) for path in _pop_config(argv)]
+    try:
+        values: Namespace = parser.get_defaults()
+        for config in configs:
+            values = parser.parse_object(config, cfg_base=values)
+        values = parser.parse_args(argv, namespace=values)
+    except (TypeError, ValueError) as error:  # jsonargparse's own, from parse_object
+        raise ConfigError(_one_line(str(error))) from error
+    fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]  # as above
+        _check_bounds(f.name, get_type_hints(cls)[f.name], f.metadata["bounds"], fields[f.name])
+    parsed = cls(**fields)
+    if isinstance(parsed, RunConfig):
+        parsed.check()
+    return parsed
+
+
+def to_yaml(config: object, provenance: Mapping[str, object]) -> str:
+    """The YAML text that `--config` reads back to an equal `config`; `provenance` is kept beside it for the reader."""
+    import yaml
+
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]  # any of our dataclasses
+    return str(yaml.safe_dump({**values, PROVENANCE: dict(provenance)}, sort_keys=False, allow_unicode=True))
+
+
+def result_options(config: object) -> dict[str, object]:
+    """The options that decide the trained model, by name."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["result"]}  # type: ignore[arg-type]  # any of our dataclasses
+
+
+def result_hash(config: object) -> str:
+    """SHA-256 (hex) of `result_options`: equal hashes and equal data give equal bits."""
+    return hashlib.sha256(json.dumps(result_options(config), sort_keys=True).encode()).hexdigest()
+
+
+def _parser(cls: type[Any], prog: str, description: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):  # type: ignore[misc,unused-ignore]  # jsonargparse's class is untyped for mypy
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise ConfigError(_explain(message, wanted)) from ex
+
+    class Help(argparse.HelpFormatter):
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, max_help_position=34, width=110)
+
+    parser = Parser(
+        prog=prog, description=description, usage=f"{prog} [OPTION ...]", formatter_class=Help, allow_abbrev=False,
+        print_config=None, add_help=True, default_env=False,
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(cls)
+    wanted = {f.name: _wanted(hints[f.name], f.metadata["bounds"]) for f in dataclasses.fields(cls)}
+    for f in dataclasses.fields(cls):
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        text = f.metadata["help"]
+        if f.default is not None and f.default is not False:
+            text = f"{text} (default: {f.default})"
+        if f.default is False:
+            groups[group].add_argument(_flag(f.name), action="store_true", help=text)
+        else:
+            groups[group].add_argument(
+                _flag(f.name), type=hints[f.name], default=f.default, help=text, metavar=_metavar(hints[f.name])
+            )
+    groups["Output"] = groups.get("Output") or parser.add_argument_group("Output")
+    groups["Output"].add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it")
+    return parser
+
+
+def _pop_config(argv: list[str]) -> list[str]:
+    """Take `--config FILE` and `--config=FILE` out of `argv`; the files in order."""
+    files = []
+    i = 0
+    while i < len(argv):
+        if argv[i] == "--config":
+            if i + 1 == len(argv):
+                raise ConfigError("--config wants a YAML file, got nothing")
+            files.append(argv[i + 1])
+            del argv[i : i + 2]
+        elif argv[i].startswith("--config="):
+            files.append(argv[i].removeprefix("--config="))
+            del argv[i]
+        else:
+            i += 1
+    return files
+
+
+def _read_yaml(path: str) -> dict[str, object]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: not YAML: {_one_line(str(error))}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"--config {path}: wanted a map of option: value, got a {type(values).__name__}")
+    values.pop(PROVENANCE, None)
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The alternatives of a type hint, None left out."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for kind in get_args(hint) if kind is not type(None)]
+    return [hint]
+
+
+def _wanted(hint: Any, bounds: str) -> str:
+    """What an option may hold, in words."""
+    number = f" in {bounds}" if bounds else ""
+    words = {int: f"an integer{number}", float: f"a number{number}", str: "text", bool: "true or false"}
+    return " or ".join(
+        ", ".join(get_args(kind)) if get_origin(kind) is Literal else words[kind] for kind in _kinds(hint)
+    )
+
+
+def _metavar(hint: Any) -> str:
+    names = {int: "N", float: "X", str: "TEXT"}
+    return "|".join(
+        "{" + ",".join(get_args(kind)) + "}" if get_origin(kind) is Literal else names[kind] for kind in _kinds(hint)
+    )
+
+
+def _explain(message: str, wanted: Mapping[str, str]) -> str:
+    """The parser's message in our form: option, what it must be, value found."""
+    key = re.search(r'[Kk]ey "(\w+)"', message)
+    value = re.search(r"Given value: (.*)", message) or re.search(r"[Gg]ot value: (.*)", message)
+    if key and value and key[1] in wanted:
+        return f"{_flag(key[1])} must be {wanted[key[1]]}, got {value[1].strip()}"
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
+    if unknown:
+        return f"unknown option {_one_line(unknown[1])}; --help lists them"
+    extra = re.search(r"Option '([^']*)' is not accepted", message)
+    if extra:
+        return f"unknown option {extra[1]!r} in --config; --help lists them"
+    return _one_line(message)
+
+
+def _check_bounds(name: str, hint: Any, bounds: str, value: object) -> None:
+    if not bounds or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, high = (float(text) for text in bounds[1:-1].split(","))
+    above = value > low if bounds[0] == "(" else value >= low
+    below = value < high if bounds[-1] == ")" or math.isinf(high) else value <= high
+    if not (above and below):
+        raise ConfigError(f"{_flag(name)} must be {_wanted(hint, bounds)}, got {value}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def data_flags(config: DataConfig) -> str:
+    """The flags that say the data part of `config` again: what to paste behind `python -m fedmpi.data.prepare`."""
+    always = ("dataset", "num_clients", "partition")
+    fields = dataclasses.fields(DataConfig)
+    said = [f.name for f in fields if f.name in always or getattr(config, f.name) != f.default]
+    return " ".join(f"{_flag(name)} {getattr(config, name)}" for name in said)
