@@ -1,0 +1,70 @@
+"""fedmpi: federated-learning simulation as one MPI job.
+
+    mpirun -n 11 python -m fedmpi.fedavg --dataset mnist
+
+The parts a script of one's own is made of can be imported from here; each is loaded when it is first asked for, so
+`import fedmpi` needs neither torch nor an MPI library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedmpi.core.aggregate import Aggregators
+    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.core.ending import abort_on_crash
+    from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
+    from fedmpi.core.manager import ClientPassiveManager, NetworkManager, ServerManager
+    from fedmpi.core.messages import MessageCode
+    from fedmpi.core.trainer import ClientSGDTrainer, ClientTrainer
+    from fedmpi.core.vector import SerializationTool
+    from fedmpi.data.partition import noniid_slicing, random_slicing
+    from fedmpi.data.partition_file import load_dict, save_dict
+
+_HOME = {
+    "Aggregators": "core.aggregate",
+    "ClientPassiveManager": "core.manager",
+    "ClientSGDTrainer": "core.trainer",
+    "ClientTrainer": "core.trainer",
+    "MessageCode": "core.messages",
+    "NetworkManager": "core.manager",
+    "PackageProcessor": "core.comm",
+    "ParameterServerBackendHandler": "core.handler",
+    "SerializationTool": "core.vector",
+    "ServerManager": "core.manager",
+    "SyncParameterServerHandler": "core.handler",
+    "abort_on_crash": "core.ending",
+    "load_dict": "data.partition_file",
+    "noniid_slicing": "data.partition",
+    "random_slicing": "data.partition",
+    "save_dict": "data.partition_file",
+}
+
+__all__ = [
+    "Aggregators",
+    "ClientPassiveManager",
+    "ClientSGDTrainer",
+    "ClientTrainer",
+    "MessageCode",
+    "NetworkManager",
+    "PackageProcessor",
+    "ParameterServerBackendHandler",
+    "SerializationTool",
+    "ServerManager",
+    "SyncParameterServerHandler",
+    "abort_on_crash",
+    "load_dict",
+    "noniid_slicing",
+    "random_slicing",
+    "save_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedmpi' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fedmpi.{_HOME[name]}"), name)

@@ -19,6 +19,7 @@ class FedmpiError(Exception):
     """A failure with a message meant for the user; the job ends with `exit_code` and no traceback."""
 
     exit_code: ClassVar[int] = EXIT_MISTAKE
+    everywhere: bool = False  # whether every rank raised it, so that each may exit by itself
 
 
 class ConfigError(FedmpiError):

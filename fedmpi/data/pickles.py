@@ -10,7 +10,6 @@ long, go through the fast C machine, with the same stand-ins.
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
 import struct
@@ -18,7 +17,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+
+from fedmpi.data.stand_ins import IntArray, stand_in
+
+__all__ = ["IntArray", "RefusedError", "load_plain"]
 
 CAREFUL_BYTES = 8 * 2**20
 """Up to this size each step is checked."""
@@ -51,131 +53,9 @@ def load_plain(data: bytes) -> Any:
     return value
 
 
-class IntArray:
-    """A NumPy array on its way out of a pickle: `array` once the pickle has given its state."""
-
-    __slots__ = ("array",)
-
-    def __init__(self) -> None:
-        self.array: NDArray[Any] = np.empty(0, np.int64)
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, content = state
-        self.fill(content, dtype, shape, "F" if fortran else "C")
-
-    def fill(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
-        """Look at `content` (bytes, or a latin-1 str from Python 2) as an array."""
-        if type(content) is str:
-            content = content.encode("latin1")
-        if type(content) not in (bytes, bytearray) or type(dtype) is not _IntType or type(shape) is not tuple:
-            raise pickle.UnpicklingError("an array that is not made of integers and bytes")
-        if not all(type(n) is int and n >= 0 for n in shape) or order not in ("C", "F"):
-            raise pickle.UnpicklingError(f"an array of shape {shape}")
-        if math.prod(shape) * dtype.dtype.itemsize != len(content):
-            raise pickle.UnpicklingError(f"an array of shape {shape} over {len(content)} bytes")
-        array = np.frombuffer(content, dtype.dtype)
-        self.array = array if len(shape) == 1 else array.reshape(shape, order=order)
-
-
-class _IntType:
-    """A NumPy dtype on its way out: an integer type, nothing else."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, code: str) -> None:
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: Any) -> None:
-        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError("a dtype with an unknown state")
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _StandIn:
-    """What a pickle gets where it names a global. Without a `__dict__`, so that a pickle cannot change it."""
-
-    __slots__ = ()
-
-
-class _Ndarray(_StandIn):
-    __slots__ = ()
-
-
-class _Reconstruct(_StandIn):
-    __slots__ = ()
-
-    def __call__(self, kind: Any, shape: Any, code: Any) -> IntArray:
-        if type(kind) is not _Ndarray:
-            raise pickle.UnpicklingError("an array of an unknown class")
-        return IntArray()
-
-
-class _FromBuffer(_StandIn):
-    __slots__ = ()
-
-    def __call__(self, content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> IntArray:
-        array = IntArray()
-        array.fill(content, dtype, shape, order)
-        return array
-
-
-class _Dtype(_StandIn):
-    __slots__ = ()
-
-    def __call__(self, code: Any, align: Any = False, copy: Any = False) -> _IntType:
-        if type(code) is not str or not re.fullmatch(r"[<>|=]?[iu][1248]", code):
-            raise pickle.UnpicklingError(f"numbers of type {str(code)[:20]!r}, not integers")
-        return _IntType(code)
-
-
-class _Scalar(_StandIn):
-    __slots__ = ()
-
-    def __call__(self, dtype: Any, content: Any) -> int:
-        array = IntArray()
-        array.fill(content, dtype, (1,), "C")
-        return int(array.array[0])
-
-
-class _Encode(_StandIn):
-    __slots__ = ()
-
-    def __call__(self, text: Any, encoding: Any) -> bytes:
-        if type(text) is not str or encoding != "latin1":
-            raise pickle.UnpicklingError("bytes in an unknown encoding")
-        return text.encode("latin1")
-
-
-class _NoBytes(_StandIn):
-    __slots__ = ()
-
-    def __call__(self) -> bytes:  # how protocol 2 says b""; with an argument it would allocate
-        return b""
-
-
-_STAND_INS: dict[tuple[str, str], _StandIn] = {
-    ("numpy", "ndarray"): _Ndarray(),
-    ("numpy", "dtype"): _Dtype(),
-    ("_codecs", "encode"): _Encode(),
-    ("builtins", "bytes"): _NoBytes(),
-    ("__builtin__", "bytes"): _NoBytes(),
-}
-for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-    _STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _Reconstruct()
-    _STAND_INS[f"{_core}.multiarray", "scalar"] = _Scalar()
-    _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _FromBuffer()
-
-
-def _stand_in(module: str, name: str) -> _StandIn:
-    try:
-        return _STAND_INS[module, name]
-    except KeyError:
-        raise pickle.UnpicklingError(f"it asks for {module[:80]}.{name[:80]}, which is no integer array") from None
-
-
 class _FastMachine(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return _stand_in(module, name)
+        return stand_in(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to something outside the file")
@@ -206,7 +86,7 @@ class _CarefulMachine(pickle._Unpickler):
     pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:
-        return _stand_in(module, name)
+        return stand_in(module, name)
 
     def load_dict(self) -> None:
         items = self.pop_mark()

@@ -63,7 +63,7 @@ def obtain(name: str, data_dir: str | Path | None = None) -> Path:
             with contextlib.suppress(FilesystemError), FileLock(home / LOCK, timeout_s=0):
                 pass
         return folder
-    if not _writable(home):
+    if not writable(home):
         folder, wrong = _find(raw, root, home)
         if folder is None:
             raise DataError(f"{name}: {home} is read-only and {say(wrong)}: mend it there, or give another --data-dir")
@@ -117,7 +117,7 @@ def _find(raw: RawSet, root: Path, home: Path) -> tuple[Path | None, dict[str, s
     return None, wrong
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
     """Whether files can be made in `folder`, or the folder itself; only asks."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -1,0 +1,27 @@
+"""`python -m fedmpi`: lists the algorithms; `python -m fedmpi fedavg ...` is `python -m fedmpi.fedavg ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE
+from fedmpi.launch import main
+from fedmpi.logs import say_error
+
+ALGORITHMS = {"fedavg": ("fedmpi.fedavg:FEDAVG", "federated averaging (McMahan et al. 2017)")}
+
+
+def _main(argv: list[str]) -> int:
+    if argv and argv[0] in ALGORITHMS:
+        return main(ALGORITHMS[argv[0]][0], argv=argv[1:])
+    lines = [f"  {name:10} {text}" for name, (_, text) in ALGORITHMS.items()]
+    usage = ["usage: mpirun -n 11 python -m fedmpi ALGORITHM [OPTION ...]", "", *lines]
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write("\n".join([*usage, "", "python -m fedmpi ALGORITHM --help lists its options.", ""]))
+        return EXIT_DONE
+    say_error(f"no algorithm {argv[0]!r}; there are: {', '.join(ALGORITHMS)}")
+    return EXIT_MISTAKE
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Where the server's time of one round goes."""
+
+from __future__ import annotations
+
+import time
+
+from fedmpi.core.comm import PackageProcessor
+
+
+class RoundClock:
+    """Laps of the server's round loop, and the trainers' busy seconds.
+
+    The call order is start, sent, (busy ...) collected, stepped, then start, sent for an evaluation, then timings.
+    """
+
+    def __init__(self, net: PackageProcessor) -> None:
+        """The first round starts now."""
+        self._net = net
+        self._laps: dict[str, float] = {}
+        self._busy: dict[int, float] = {}
+        self._last = self._begun = time.perf_counter()
+        self._bytes = 0
+
+    def start(self) -> None:
+        """The next order is being decided."""
+        self._last = time.perf_counter()
+
+    def sent(self) -> None:
+        """Order and vector are out."""
+        self._lap("broadcast_s")
+
+    def busy(self, rank: int, seconds: float) -> None:
+        """`rank` has trained for so long."""
+        self._busy[rank] = seconds
+
+    def collected(self) -> None:
+        """All updates have come."""
+        self._lap("collect_s")
+
+    def stepped(self) -> None:
+        """The global model is new."""
+        self._lap("step_s")
+
+    def timings(self, evaluated: bool) -> dict[str, float]:
+        """Seconds of the round that ends now, and start the next."""
+        if evaluated:
+            self._lap("evaluate_s")
+        now = time.perf_counter()
+        trainers = [self._busy.get(rank, 0.0) for rank in range(min(1, self._net.size - 1), self._net.size)]
+        longest = max(trainers)
+        laps = {**self._laps, "train_s": longest, "round_s": now - self._begun}
+        laps["collect_s"] = max(0.0, laps["collect_s"] - longest)
+        laps["idle_share"] = 1 - sum(trainers) / len(trainers) / longest if longest else 0.0
+        laps["wire_bytes"] = self._net.bytes_sent - self._bytes
+        self._bytes, self._begun, self._laps, self._busy = self._net.bytes_sent, now, {}, {}
+        return {name: round(value, 6) for name, value in laps.items()}
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,356 @@
+"""The only importer of mpi4py: what fedmpi sends, and how a rank waits and ends.
+
+Importing this module loads the MPI library; the first `PackageProcessor` starts MPI. In the round loop everything travels through buffers; the pickled (lower-case) calls
+of mpi4py serve the set-up only (`on_root`, `agree`, `same_everywhere`). Every wait is a non-blocking call polled with a
+growing sleep, because a blocked MPI call spins and would steal the core of a rank that trains.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import mpi4py
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmpi.core.errors import DisagreementError, FedmpiError
+from fedmpi.core.launcher import check_launcher
+from fedmpi.core.messages import (
+    HEADER_SIZE,
+    LocalWork,
+    MessageCode,
+    Order,
+    Receiver,
+    pack_updates,
+    unpack_updates,
+    update_dtype,
+)
+
+mpi4py.rc.initialize = False  # first see whether the launcher belongs to the library: some pairs die in MPI_Init
+mpi4py.rc.finalize = True
+from mpi4py import MPI  # noqa: E402  # the settings above must come first
+
+T = TypeVar("T")
+
+SERVER_RANK = 0
+
+MAX_MESSAGE_BYTES = 2**30
+"""Longer buffers travel in pieces: MPI's classic calls count in a C int, and a wait between pieces is a chance to poll."""
+
+BLOCK_BYTES = 2**24
+"""The server holds this much of the cohort's rows at a time, however many clients take part."""
+
+_POLLS = 50  # tests before the first sleep: a message that is on its way arrives within these
+_FIRST_SLEEP_S = 20e-6
+_LONGEST_SLEEP_S = 1e-3
+
+
+class PackageProcessor:
+    """One rank's end of the job's communicator.
+
+    Attributes:
+        rank: this process, 0 is the server.
+        size: all processes.
+        bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
+        activity: what this rank is doing, for the message of a crash, e.g. "training client 7 in round 3".
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None = None) -> None:
+        """Collective. Starts MPI, and duplicates `comm` (default: the world) so that nobody else's messages meet ours.
+
+        Raises:
+            LaunchError: this process was started by the launcher of another MPI library.
+        """
+        library = MPI.Get_library_version()
+        if not MPI.Is_initialized():
+            check_launcher(library, None)
+            MPI.Init_thread(MPI.THREAD_FUNNELED)  # only the main thread talks to MPI
+        check_launcher(library, MPI.COMM_WORLD.Get_size())
+        self._comm = (comm or MPI.COMM_WORLD).Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank = self._comm.Get_rank()
+        self.size = self._comm.Get_size()
+        self.bytes_sent = 0
+        self.activity = ""
+        self._speaker = self._shared_flag()
+
+    @property
+    def is_server(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == SERVER_RANK
+
+    @property
+    def num_trainers(self) -> int:
+        """Ranks that train: all but the server, or the server itself when it is alone."""
+        return max(1, self.size - 1)
+
+    # The round: every call is collective, in the same order on all ranks, and through buffers.
+
+    def bcast_order(self, order: Order | None) -> Order:
+        """Collective. The server passes an order, the others None; each gets the order."""
+        header = order.header() if order is not None else np.empty(HEADER_SIZE, np.int64)
+        self._wait(self._comm.Ibcast(header, SERVER_RANK))
+        size = Order.body_size(header)
+        body = order.body() if order is not None else np.empty(size, np.int64)
+        if size:
+            self.bcast_vector(body)
+        return Order.unpack(header, body)
+
+    def bcast_vector(self, vector: NDArray[Any]) -> NDArray[Any]:
+        """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype."""
+        for piece in _pieces(vector):
+            self._wait(self._comm.Ibcast(_as_bytes(piece), SERVER_RANK))
+        self._count(vector.nbytes)
+        return vector
+
+    def collect(self, order: Order, work: LocalWork, receiver: Receiver) -> None:
+        """Collective. Bring to the server what the ranks did for `order`.
+
+        EVALUATE_PARAMS: the server's `work.metrics` becomes the sum over ranks.
+        PARAMETER_UPDATE: the server's `receiver` gets each rank's client updates; then the server's `work.exact`
+        becomes the sum over ranks, or, with `order.rows`, the receiver gets one block of columns after the other.
+        """
+        if order.code is MessageCode.EVALUATE_PARAMS:
+            self.reduce_sum(work.metrics)
+            return
+        num_bins = self.max_of(work.exact.num_bins if work.exact else 0)
+        num_integers = len(order.integer_state)
+        code = MessageCode.PARAMETER_UPDATE if order.rows else MessageCode.GRADIENT_UPDATE
+        for rank, records in enumerate(self.gather_updates(pack_updates(work.updates, num_integers), num_integers)):
+            receiver.on_receive(rank, code, unpack_updates(records))
+        if order.rows:
+            width = self.max_of(len(work.rows[0]) if work.rows else 0)
+            for columns in _column_blocks(width, len(order.cohort)):
+                mine = [row[columns] for row in work.rows]
+                empty = np.empty((0, columns.stop - columns.start), np.float32)
+                rows = self.gather_rows(np.stack(mine) if mine else empty)
+                if self.is_server:
+                    receiver.on_block(columns, rows)
+        elif work.exact:
+            for buffer in work.exact.buffers(num_bins):
+                self.reduce_sum(buffer)
+
+    def max_of(self, value: int) -> int:
+        """Collective. The largest of the ranks' values, on every rank."""
+        mine, largest = np.array([value], np.int64), np.empty(1, np.int64)
+        self._wait(self._comm.Iallreduce(mine, largest, MPI.MAX))
+        return int(largest[0])
+
+    def reduce_sum(self, sums: NDArray[np.int64]) -> None:
+        """Collective. The server's int64 buffer becomes the sum over all ranks' buffers; the others' stay."""
+        if self.size == 1:
+            return
+        for piece in _pieces(sums):
+            send = MPI.IN_PLACE if self.is_server else piece
+            self._wait(self._comm.Ireduce(send, piece if self.is_server else None, MPI.SUM, SERVER_RANK))
+        self._count(sums.nbytes)
+
+    def gather_updates(self, records: NDArray[np.void], num_integers: int) -> list[NDArray[np.void]]:
+        """Collective. Each rank passes its client records; the server gets them by rank, the others an empty list."""
+        item = update_dtype(num_integers).itemsize
+        counts = self._counts(len(records))
+        arrived = np.empty(int(counts.sum()), records.dtype)
+        self._gather(_as_bytes(records), _as_bytes(arrived), counts * item)
+        if not self.is_server:
+            return []
+        return np.split(arrived, np.cumsum(counts)[:-1])
+
+    def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Collective. Each rank passes (k, B) rows; the server gets all ranks' rows, rank after rank, the others (0, B)."""
+        counts = self._counts(len(rows))
+        width = rows.shape[1]
+        arrived = np.empty((int(counts.sum()), width), np.float32)
+        self._gather(_as_bytes(rows), _as_bytes(arrived), counts * width * 4)
+        self._count(rows.nbytes + arrived.nbytes)
+        return arrived
+
+    def gather_counts(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Collective. Each rank passes integers; the server gets them all, rank after rank, the others none."""
+        counts = self._counts(len(values))
+        arrived = np.empty(int(counts.sum()), np.int64)
+        self._gather(_as_bytes(values), _as_bytes(arrived), counts * 8)
+        return arrived
+
+    def barrier(self) -> None:
+        """Collective. Returns when all ranks are here."""
+        self._wait(self._comm.Ibarrier())
+
+    # The set-up and the end: collective too, but pickled, and errors are alike on all ranks.
+
+    def on_root(self, work: Callable[[], T], share: bool = True) -> T:
+        """Collective. `work` runs on the server alone; the FedmpiError it raises is raised on every rank.
+
+        Returns:
+            Its result, on every rank; with `share` False only on the server, and None elsewhere.
+        """
+        result: Any = None
+        error: FedmpiError | None = None
+        if self.is_server:
+            try:
+                result = work()
+            except FedmpiError as raised:
+                error = raised
+        self.barrier()  # a patient wait: `work` may take long
+        shared, error = self._comm.bcast((result if share else None, error), SERVER_RANK)
+        if error is not None:
+            error.everywhere = True
+            raise error
+        return result if self.is_server else shared  # type: ignore[no-any-return]  # `work` returned it
+
+    def agree(self, error: FedmpiError | None) -> None:
+        """Collective. Each rank passes the error it met, or None; if any met one, all raise the lowest rank's."""
+        self.barrier()
+        errors = self._comm.allgather(error)
+        met = [rank for rank, each in enumerate(errors) if each is not None]
+        if not met:
+            return
+        first = errors[met[0]]
+        if len(met) == self.size:  # the same on all: nothing about it is a matter of ranks
+            raised = first
+        else:
+            raised = type(first)(f"{first} (rank {met[0]} of {self.size})")
+        raised.everywhere = True
+        raise raised
+
+    def same_everywhere(self, facts: Mapping[str, object]) -> dict[str, dict[object, list[int]]]:
+        """Collective. Each rank passes facts; what differs comes back as fact -> value -> ranks that hold it."""
+        self.barrier()
+        held = self._comm.allgather(dict(facts))
+        differing: dict[str, dict[object, list[int]]] = {}
+        for name in facts:
+            values: dict[object, list[int]] = {}
+            for rank, theirs in enumerate(held):
+                values.setdefault(theirs.get(name), []).append(rank)
+            if len(values) > 1:
+                differing[name] = values
+        return differing
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Collective.
+
+        Raises:
+            DisagreementError: on every rank, naming what differs, the values and the ranks that hold them.
+        """
+        differing = self.same_everywhere(facts)
+        if differing:
+            error = DisagreementError("; ".join(describe(name, values) for name, values in differing.items()))
+            error.everywhere = True
+            raise error
+
+    def on_every_rank(self, value: T) -> list[T]:
+        """Collective. The ranks' values, by rank, on every rank."""
+        self.barrier()
+        return self._comm.allgather(value)
+
+    def ranks_of_node(self) -> list[int]:
+        """Collective. The ranks that share this rank's memory, by MPI and not by host name, ascending."""
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        ranks = sorted(node.allgather(self.rank))
+        node.Free()
+        return ranks
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Collective. `work` runs on every rank; a FedmpiError on any of them is raised on all."""
+        result: T | None = None
+        error: FedmpiError | None = None
+        try:
+            result = work()
+        except FedmpiError as raised:
+            error = raised
+        self.agree(error)
+        return result  # type: ignore[return-value]  # `work` returned it
+
+    def claim_last_words(self) -> bool:
+        """Whether this rank is the one of its node to say why the job ends; the others keep silent. Sends nothing."""
+        if self._speaker[0] == 0:
+            self._speaker[0] = self.rank + 1
+            time.sleep(0.01)  # two ranks may claim in the same instant: the later write wins, and both see who
+        return int(self._speaker[0]) == self.rank + 1
+
+    def abort(self, exit_code: int) -> None:
+        """End every rank at once."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._comm.Abort(exit_code)
+
+    def _shared_flag(self) -> NDArray[np.int64]:
+        """Collective. One zeroed integer that the ranks of this node share."""
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self._window = MPI.Win.Allocate_shared(8 if node.Get_rank() == 0 else 0, 8, comm=node)
+        memory, _ = self._window.Shared_query(0)
+        flag = np.frombuffer(memory, np.int64, 1)
+        if node.Get_rank() == 0:
+            flag[0] = 0
+        node.Barrier()
+        node.Free()
+        return flag
+
+    def _counts(self, mine: int) -> NDArray[np.int64]:
+        """Collective. How many items each rank has, on the server; zeros elsewhere."""
+        counts = np.zeros(self.size, np.int64)
+        self._wait(self._comm.Igather(np.array([mine], np.int64), counts if self.is_server else None, SERVER_RANK))
+        return counts
+
+    def _gather(self, mine: NDArray[np.uint8], arrived: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
+        """Collective. Concatenate the ranks' bytes on the server, at most `MAX_MESSAGE_BYTES` at a time."""
+        step = max(1, MAX_MESSAGE_BYTES // self.size)
+        starts = np.cumsum(sizes) - sizes
+        for offset in range(0, self.max_of(mine.size), step):
+            part = mine[offset : offset + step]
+            if not self.is_server:
+                self._wait(self._comm.Igatherv(part, None, SERVER_RANK))
+                continue
+            counts = np.clip(sizes - offset, 0, step)
+            begins = np.cumsum(counts) - counts
+            target = np.empty(int(counts.sum()), np.uint8)
+            self._wait(self._comm.Igatherv(part, (target, (counts, begins), MPI.BYTE), SERVER_RANK))
+            for start, count, begin in zip(starts + offset, counts, begins, strict=True):
+                arrived[start : start + count] = target[begin : begin + count]
+
+    def _wait(self, request: MPI.Request) -> None:
+        sleep_s = _FIRST_SLEEP_S
+        for _ in range(_POLLS):
+            if request.Test():
+                return
+            os.sched_yield()
+        while not request.Test():
+            time.sleep(sleep_s)
+            sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S)
+
+    def _count(self, num_bytes: int) -> None:
+        if self.size > 1:
+            self.bytes_sent += num_bytes
+
+
+def library_version() -> str:
+    """The loaded MPI library in a few words, e.g. "MPICH 5.0.2" or "Open MPI 5.0.10"."""
+    name, numbers = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, numbers))}"
+
+
+def describe(name: str, values: Mapping[object, Sequence[int]]) -> str:
+    """One fact that differs, e.g. "torch is 2.2 on ranks 0, 2 but 2.4 on rank 1"."""
+    parts = [f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in values.items()]
+    return f"{name} is {' but '.join(parts)}"
+
+
+def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as bytes; MPI counts bytes alike on every library and for every dtype."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Contiguous parts of at most `MAX_MESSAGE_BYTES`, whole items each."""
+    flat = array.reshape(-1)
+    step = max(1, MAX_MESSAGE_BYTES // array.itemsize)
+    return (flat[start : start + step] for start in range(0, flat.size, step))
+
+
+def _column_blocks(num_columns: int, num_rows: int) -> Iterator[slice]:
+    """Slices that cover the columns, each at most `BLOCK_BYTES` of float32 in `num_rows` rows."""
+    step = max(1, BLOCK_BYTES // (4 * max(1, num_rows)))
+    return (slice(start, min(start + step, num_columns)) for start in range(0, num_columns, step))

@@ -1,0 +1,47 @@
+"""How a rank ends when it cannot go on: at once, with everybody else, with a true exit code and one message."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fedmpi.core.errors import EXIT_CRASH, EXIT_INTERRUPTED, FedmpiError
+
+if TYPE_CHECKING:
+    from fedmpi.core.comm import PackageProcessor
+
+
+@contextmanager
+def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
+    """Around all a rank does: whatever ends one rank ends the job, at once, with a true exit code and one message.
+
+    An error that every rank raised alike (through `on_root` or `agree`) passes through, for each rank to exit by itself.
+    """
+    try:
+        yield
+    except FedmpiError as error:
+        if error.everywhere:
+            raise
+        _last_words(net, str(error))
+        net.abort(error.exit_code)
+    except KeyboardInterrupt:
+        _last_words(net, "interrupted (Ctrl-C): what finished rounds wrote is kept")
+        net.abort(EXIT_INTERRUPTED)
+    except SystemExit:
+        raise
+    except BaseException:  # noqa: BLE001  # the one place: a crash of any kind must not leave the others waiting
+        _last_words(net, f"crashed\n{traceback.format_exc().rstrip()}")
+        net.abort(EXIT_CRASH)
+
+
+def _last_words(net: PackageProcessor, message: str) -> None:
+    """One message a node, in one write: where one rank fails, others often fail for the same reason or because of it."""
+    if not net.claim_last_words():
+        return
+    activity = f", {net.activity}" if net.activity else ""
+    where = f"[rank {net.rank}, host {socket.gethostname()}, pid {os.getpid()}{activity}]"
+    os.write(2, f"fedmpi: {where} {message}\n".encode(errors="backslashreplace"))

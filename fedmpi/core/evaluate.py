@@ -1,0 +1,76 @@
+"""Evaluation in fixed chunks: any rank may take any chunk, and the sums are integers, so the result has no order.
+
+Shapes: N test samples, C classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK_SIZE = 500
+"""Samples a chunk. A matrix product's last bits depend on its shape, so this is the same whatever the number of ranks."""
+
+_LOSS_SCALE = 2.0**24
+_LOSS_LIMIT = 2.0**30  # a chunk's summed loss above this counts as non-finite; 2^30 x 2^24 leaves room for 512 chunks
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What evaluation of one model gave. `loss` is None when it is not finite."""
+
+    accuracy: float
+    loss: float | None
+    num_samples: int
+
+
+class Evaluator:
+    """Counts correct predictions and sums cross-entropy over chunks of a test set."""
+
+    def __init__(self, num_samples: int, load: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
+        """Over `num_samples` test samples.
+
+        Args:
+            num_samples: N.
+            load: (start, stop) -> inputs and (stop - start,) labels, on the model's device.
+        """
+        self.num_samples = num_samples
+        self._load = functools.cache(load)  # a rank's share is always the same chunks
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks the test set is cut into; the last may be shorter."""
+        return -(-self.num_samples // CHUNK_SIZE)
+
+    def evaluate(self, model: nn.Module, share: int, num_shares: int) -> NDArray[np.int64]:
+        """(4,) int64: samples, correct, fixed-point loss, chunks whose loss is not finite, over chunks share::num_shares.
+
+        Restores the model's training mode. Draws no random number.
+        """
+        sums = np.zeros(4, np.int64)
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for chunk in range(share, self.num_chunks, num_shares):
+                start, stop = chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, self.num_samples)
+                inputs, labels = self._load(start, stop)
+                logits = model(inputs)
+                loss = float(functional.cross_entropy(logits, labels, reduction="none").double().sum())
+                correct = int((logits.argmax(1) == labels).sum())
+                finite = abs(loss) < _LOSS_LIMIT  # false for NaN too
+                sums += (stop - start, correct, round(loss * _LOSS_SCALE) if finite else 0, not finite)
+        model.train(training)
+        return sums
+
+
+def metrics_of(sums: NDArray[np.int64]) -> Metrics:
+    """The metrics of the sum, over all ranks, of what `Evaluator.evaluate` returned."""
+    num_samples, correct, loss, non_finite = (int(value) for value in sums)
+    return Metrics(correct / num_samples, None if non_finite else loss / _LOSS_SCALE / num_samples, num_samples)

@@ -1,0 +1,39 @@
+"""Every random number comes from (seed, stream, round, client), so the number of ranks cannot change it."""
+
+from __future__ import annotations
+
+import random
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a generator is for; two streams never share numbers."""
+
+    INIT = 0  # initial weights
+    COHORT = 1  # which clients take part in a round
+    BATCHES = 2  # order of a client's samples
+    CLIENT = 3  # whatever else a client's training draws (dropout, a user's own code)
+
+
+def derive_seed(seed: int, stream: Stream, round_idx: int = 0, client_id: int = 0) -> int:
+    """A 63-bit seed for one purpose.
+
+    Args:
+        seed: the run's seed, >= 0.
+        stream: the purpose.
+        round_idx: the round, 0 where there is none.
+        client_id: the client, 0 where there is none.
+    """
+    words = np.random.SeedSequence((seed, int(stream), round_idx, client_id)).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def seed_everything(seed: int) -> None:
+    """Set the global generators of Python, NumPy and torch, for code that draws from those."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # the legacy global generator is the very thing to set
+    torch.manual_seed(seed)

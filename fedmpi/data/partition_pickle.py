@@ -1,0 +1,155 @@
+"""Partition files: a pickle {client_id: int64 indices}, as FedLab's, and a manifest beside it that says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmpi.config import DataConfig
+from fedmpi.core.errors import PartitionError
+from fedmpi.core.files import atomic_write
+from fedmpi.data.datasets import Dataset
+from fedmpi.data.partition import partition_parameters
+from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.pickles import IntArray, RefusedError, load_plain
+from fedmpi.data.slicing import Partition
+
+VERSION = 1
+
+
+def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
+    """Write {client_id: indices} as a pickle that any Python with NumPy loads; atomic.
+
+    Raises:
+        PartitionError: indices that are no integers.
+        FilesystemError: the folder cannot be written.
+    """
+    plain = {int(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
+    atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
+
+
+def load_dict(path: str | Path) -> Partition:
+    """Read what `save_dict`, FedLab, or another program pickled as {client_id: integers}; runs no code of the file.
+
+    Raises:
+        PartitionError: no such file, damaged, or it holds anything but integers, lists and arrays of integers.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise PartitionError(f"{path}: no such file; python -m fedmpi.data.prepare makes splits") from error
+    except OSError as error:
+        raise PartitionError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        value = load_plain(data)
+    except RefusedError as error:
+        raise PartitionError(f"{path} is refused: {error}") from error
+    if type(value) is not dict:
+        raise PartitionError(f"{path} must hold a dict of client_id: indices, found a {type(value).__name__}")
+    try:
+        return _flat_copies(value, len(data))
+    except PartitionError as error:
+        raise PartitionError(f"{path}: {error}") from error
+
+
+def _flat_copies(value: dict[Any, Any], size_bytes: int) -> Partition:
+    """The arrays, writable, as views of one buffer."""
+    arrays, total = [], 0
+    for client_id, indices in value.items():
+        if type(client_id) is not int:
+            raise PartitionError(f"client ids must be integers, found {str(client_id)[:40]!r}")
+        array = indices.array if type(indices) is IntArray else None
+        total += len(indices) if array is None and type(indices) in (list, tuple) else getattr(array, "size", 0)
+        if total > size_bytes:  # one array under many ids: a small file that would fill the memory
+            raise PartitionError("it holds more indices than bytes: some are shared between clients")
+        arrays.append(array if array is not None and _is_int64(array) else _as_int64(client_id, indices))
+    flat = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+    ends = np.cumsum([0, *map(len, arrays)]).tolist()
+    return {client_id: flat[ends[i] : ends[i + 1]] for i, client_id in enumerate(value)}
+
+
+def _is_int64(array: NDArray[Any]) -> bool:
+    return array.dtype == np.int64 and array.ndim == 1
+
+
+def _as_int64(client_id: object, indices: Any) -> NDArray[np.int64]:
+    if type(indices) is IntArray:
+        indices = indices.array
+    try:
+        if isinstance(indices, list | tuple):
+            if not {type(i) for i in indices} <= {int} and not all(isinstance(i, np.integer) for i in indices):
+                raise PartitionError(f"client {client_id}: indices must be integers, got {indices[:3]}...")
+            return np.array(indices, np.int64)
+        if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" and indices.ndim == 1:
+            if indices.dtype.kind == "u" and indices.size and int(indices.max()) > np.iinfo(np.int64).max:
+                raise PartitionError(f"client {client_id} holds index {int(indices.max())}, too large for int64")
+            return np.ascontiguousarray(indices, np.int64)
+    except OverflowError as error:
+        raise PartitionError(f"client {client_id} holds an index too large for int64") from error
+    what = f"{indices.dtype} of shape {indices.shape}" if isinstance(indices, np.ndarray) else type(indices).__name__
+    raise PartitionError(f"client {client_id}: indices must be a list or a flat array of integers, got {what}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a partition file is: of which data, how made, and the identity of the split."""
+
+    version: int
+    dataset: str
+    dataset_sha256: str
+    num_samples: int
+    num_clients: int
+    partition: str
+    parameters: dict[str, float]
+    seed: int
+    sha256: str
+
+    @classmethod
+    def of(cls, index: PartitionIndex, dataset: Dataset, config: DataConfig) -> Manifest:
+        """The manifest of a split that `config` made of `dataset`."""
+        return cls(
+            VERSION, dataset.name, dataset.sha256, len(dataset.train), index.num_clients, config.partition,
+            partition_parameters(config), config.partition_seed, index.sha256(),
+        )  # fmt: skip
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of the partition file `path` lies."""
+    return path.with_name(path.name + ".manifest.json")
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest of the partition file `path`; None: it has none.
+
+    Raises:
+        PartitionError: damaged, or of a version this program does not know.
+    """
+    file = manifest_path(path)
+    try:
+        fields = json.loads(file.read_bytes())
+        manifest = Manifest(**fields)
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise PartitionError(f"{file} is no manifest: {' '.join(str(error).split())}") from error
+    if manifest.version != VERSION:
+        raise PartitionError(f"{file} has version {manifest.version}, this program knows version {VERSION}")
+    return manifest
+
+
+def write_partition(path: Path, index: PartitionIndex, manifest: Manifest) -> None:
+    """The pickle, then its manifest: a manifest stands for a pickle that is complete.
+
+    Raises:
+        FilesystemError: the folder cannot be written.
+    """
+    manifest_path(path).unlink(missing_ok=True)
+    save_dict({client_id: index[client_id] for client_id in range(index.num_clients)}, path)
+    atomic_write(manifest_path(path), (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode())

@@ -1,0 +1,190 @@
+"""Partitioners: which client holds which training sample.
+
+Each one returns every index exactly once, leaves no client empty, depends on its arguments alone, and ends: what cannot
+be done is refused before any work.
+
+Letters: N samples, K clients, S shards.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmpi.core.errors import PartitionError
+
+Indices: TypeAlias = NDArray[np.int64]
+Partition: TypeAlias = dict[int, Indices]
+"""client_id in [0, K) -> indices of its samples, int64."""
+
+
+def random_slicing(dataset: Any, num_clients: int, rng: int | np.random.Generator = 0) -> Partition:
+    """Deal the samples out at random; sizes differ by at most 1.
+
+    Args:
+        dataset: labels (N,), a `Split` or `Dataset` of ours (its training split), or a torchvision-like data set.
+        num_clients: K.
+        rng: a seed or a generator.
+
+    Raises:
+        PartitionError: fewer samples than clients.
+    """
+    num_samples = _count(dataset)
+    _check_count(num_samples, num_clients)
+    order = np.random.default_rng(rng).permutation(num_samples)
+    return _cut(order, np.arange(num_clients + 1, dtype=np.int64) * num_samples // num_clients)
+
+
+def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | np.random.Generator = 0) -> Partition:
+    """Sort the samples by label (stable), cut them into S shards, give each client S / K shards at random.
+
+    Where N is no multiple of S, shards differ in size by 1 and nothing is dropped.
+
+    Source: McMahan et al. 2017, arXiv:1602.05629, section 3 (200 shards, 2 for each of 100 clients).
+
+    Args:
+        dataset: as in `random_slicing`.
+        num_clients: K.
+        num_shards: S, a multiple of K, at most N.
+        rng: a seed or a generator.
+
+    Raises:
+        PartitionError: S does not fit K or N.
+    """
+    labels = labels_of(dataset)
+    num_samples = len(labels)
+    _check_count(num_samples, num_clients)
+    if num_shards < num_clients or num_shards % num_clients:
+        raise PartitionError(f"--num-shards must be a multiple of {num_clients} (--num-clients), got {num_shards}")
+    if num_shards > num_samples:
+        raise PartitionError(f"{num_samples} samples cannot be cut into {num_shards} shards (--num-shards)")
+    order = np.argsort(labels, kind="stable")
+    edges = np.arange(num_shards + 1, dtype=np.int64) * num_samples // num_shards
+    dealt = np.random.default_rng(rng).permutation(num_shards)  # client k gets dealt[k * S/K : (k + 1) * S/K]
+    sizes = np.diff(edges)[dealt]
+    ends = np.cumsum(sizes)
+    places = np.arange(num_samples) + np.repeat(edges[dealt] - (ends - sizes), sizes)
+    return _cut(order[places], np.concatenate(([0], ends[num_shards // num_clients - 1 :: num_shards // num_clients])))
+
+
+def dirichlet_slicing(
+    dataset: Any, num_clients: int, alpha: float, min_samples: int = 1, rng: int | np.random.Generator = 0
+) -> Partition:
+    """Split each class by proportions ~ Dir(alpha), over the clients that hold fewer than N / K samples so far.
+
+    Clients that end below `min_samples` are filled up from the largest ones, a few classes each, instead of drawing
+    again until chance provides (deviation from the source, which may never end).
+
+    Source: Yurochkin et al. 2019, arXiv:1905.12022; the cap at N / K is that of NIID-Bench, Li et al. 2021,
+    arXiv:2102.02079.
+
+    Args:
+        dataset: as in `random_slicing`.
+        num_clients: K.
+        alpha: concentration, in (0, inf): 0.1 gives a client one or two classes, 100 nearly all alike.
+        min_samples: fewest samples of a client, at least 1 and at most N / K.
+        rng: a seed or a generator.
+
+    Raises:
+        PartitionError: too few samples, or alpha out of range.
+    """
+    labels = labels_of(dataset)
+    _check_count(len(labels), num_clients, min_samples)
+    if not 0 < alpha < math.inf:
+        raise PartitionError(f"--alpha must be in (0, inf), got {alpha}")
+    rng = np.random.default_rng(rng)
+    owner = np.empty(len(labels), np.int64)  # (N,) client of each sample
+    held = np.zeros(num_clients, np.int64)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1])
+    for members in by_class:
+        open_clients = np.flatnonzero(held * num_clients < len(labels))
+        edges = np.floor(np.cumsum(_proportions(len(open_clients), alpha, rng)) * len(members)).astype(np.int64)
+        edges[-1] = len(members)
+        counts = np.diff(np.minimum(edges, len(members)), prepend=0)
+        owner[rng.permutation(members)] = np.repeat(open_clients, counts)
+        held[open_clients] += counts
+    _fill_up(owner, held, labels, min_samples, rng)
+    return _cut(np.argsort(owner, kind="stable"), np.concatenate(([0], np.cumsum(held))))
+
+
+def labels_of(dataset: Any) -> NDArray[Any]:
+    """The labels (N,) of anything the partitioners take.
+
+    Raises:
+        PartitionError: it has none, or they are not one integer (or text) a sample.
+    """
+    split = getattr(dataset, "train", dataset)
+    found = next((getattr(split, name) for name in ("y", "targets", "labels") if hasattr(split, name)), None)
+    if found is None:
+        found = split.tensors[1] if hasattr(split, "tensors") else split
+    try:
+        labels = np.asarray(found)
+    except (TypeError, ValueError) as error:
+        raise PartitionError(f"no labels in a {type(dataset).__name__}: {error}") from error
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
+        raise PartitionError(f"labels must be one integer a sample, got {labels.dtype} of shape {labels.shape}")
+    return labels
+
+
+def _count(dataset: Any) -> int:
+    return len(getattr(dataset, "train", dataset)) if hasattr(dataset, "__len__") else len(labels_of(dataset))
+
+
+def _check_count(num_samples: int, num_clients: int, min_samples: int = 1) -> None:
+    if num_clients < 1:
+        raise PartitionError(f"--num-clients must be in [1, inf), got {num_clients}")
+    if min_samples < 1:
+        raise PartitionError(f"--min-samples must be in [1, inf), got {min_samples}")
+    if num_clients * min_samples > num_samples:
+        if num_clients > num_samples:
+            raise PartitionError(
+                f"{num_samples} samples cannot give {num_clients} clients one each: "
+                f"--num-clients must be in [1, {num_samples}]"
+            )
+        raise PartitionError(
+            f"{num_samples} samples cannot give {num_clients} clients {min_samples} each: "
+            f"--min-samples must be in [1, {num_samples // num_clients}]"
+        )
+
+
+def _proportions(count: int, alpha: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """One draw of Dir(alpha, ..., alpha), by logarithms, so that a tiny alpha gives one 1 and no NaN."""
+    spread = np.log(1.0 - rng.random(count))  # of U in (0, 1]; Gamma(alpha) ~ Gamma(alpha + 1) * U^(1 / alpha)
+    with np.errstate(over="ignore"):
+        logs = np.log(rng.standard_gamma(alpha + 1.0, count)) + spread / alpha
+    if not np.isfinite(logs.max()):
+        logs = np.where(np.arange(count) == spread.argmax(), 0.0, -np.inf)
+    shares = np.exp(logs - logs.max())
+    return np.asarray(shares / shares.sum(), np.float64)
+
+
+def _fill_up(owner: Indices, held: Indices, labels: NDArray[Any], min_samples: int, rng: np.random.Generator) -> None:
+    """Move samples, in place, from the largest clients, cut down to one level, to those below `min_samples`."""
+    wanted = np.maximum(min_samples - held, 0)
+    total = int(wanted.sum())
+    if total == 0:
+        return
+    low, high = min_samples, int(held.max())  # the lowest level that still frees `total`: found by halving
+    while low < high:
+        level = (low + high + 1) // 2
+        low, high = (level, high) if np.maximum(held - level, 0).sum() >= total else (low, level - 1)
+    freed = np.maximum(held - low, 0)
+    excess = int(freed.sum()) - total
+    freed[np.flatnonzero(freed)[:excess]] -= 1  # halving leaves fewer too many than there are donors
+    shuffled = rng.permutation(len(owner))
+    by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]  # each client's samples in random order
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(held) - held, held)
+    moved = by_owner[rank < np.repeat(freed, held)]
+    moved = moved[np.argsort(labels[moved], kind="stable")]  # neighbours share a class: the filled stay skewed too
+    needy = rng.permutation(np.flatnonzero(wanted))
+    owner[moved] = np.repeat(needy, wanted[needy])
+    held += wanted - freed
+
+
+def _cut(order: Indices, edges: Indices) -> Partition:
+    order = np.ascontiguousarray(order, np.int64)
+    ends = edges.tolist()
+    return {client_id: order[ends[client_id] : ends[client_id + 1]] for client_id in range(len(ends) - 1)}

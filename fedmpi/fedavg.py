@@ -1,0 +1,87 @@
+"""FedAvg: clients run local SGD, the server takes the sample-weighted mean of where they got to.
+
+    mpirun -n 11 python -m fedmpi.fedavg --dataset mnist
+
+Source: McMahan et al., "Communication-efficient learning of deep networks from decentralized data", AISTATS 2017,
+arXiv 1602.05629, algorithm 1.
+
+Shapes: P vector entries, n samples of the client at hand.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option need no torch
+    from fedmpi.launch import main
+
+    raise SystemExit(main("fedmpi.fedavg:FEDAVG"))
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedmpi.config import RunConfig
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.seeding import Stream, derive_seed
+from fedmpi.core.trainer import ClientTrainer
+from fedmpi.data.client_data import ClientData
+from fedmpi.engines.eager import EagerEngine
+from fedmpi.job import Algorithm
+
+
+class FedAvgTrainer(ClientTrainer):
+    """The client half: E epochs of SGD from the global model."""
+
+    def __init__(self, model: nn.Module, data: ClientData, config: RunConfig, device: torch.device) -> None:
+        """Over all clients' data; which client trains is said by `begin_client`.
+
+        Args:
+            model: float32 module.
+            data: the training set and its split.
+            config: local epochs, batch size, step size, momentum, weight decay.
+            device: where to train.
+        """
+        super().__init__(model, device)
+        self.data = data
+        self.config = config
+        self.engine = EagerEngine(
+            self.model, self.model_parameters, config.client_lr, config.client_momentum, config.client_weight_decay
+        )
+
+    def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """n of each client."""
+        return self.data.num_samples(client_ids)
+
+    def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+        """ClientUpdate(k, w): B <- batches of size B; for each epoch, for each batch b: w <- w - lr grad l(w; b)."""
+        self.model_parameters.copy_(model_parameters)
+        self.engine.reset()
+        inputs, labels = self.data.load(self.client_id, self.device)
+        if not len(labels):
+            return
+        batches = torch.Generator().manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
+        batch_size = self.config.batch_size or len(labels)
+        losses = []
+        for _ in range(self.config.local_epochs if epochs is None else epochs):
+            order = torch.randperm(len(labels), generator=batches).to(self.device)
+            shuffled = zip(inputs[order].split(batch_size), labels[order].split(batch_size), strict=True)
+            losses += [self.engine.step(x, y) for x, y in shuffled]
+        self.loss = float(torch.stack(losses).double().mean()) if losses else math.nan
+
+
+def fedavg_handler(model: nn.Module, config: RunConfig) -> SyncParameterServerHandler:
+    """The server half: w <- w + server_lr x sum_k (n_k / n) (w_k - w), which is what the base class does."""
+    return SyncParameterServerHandler(
+        model,
+        config.num_clients,
+        cohort_size=config.clients_per_round,
+        rounds=config.rounds,
+        target_accuracy=config.target_accuracy,
+        server_lr=config.server_lr,
+        seed=config.seed,
+    )
+
+
+FEDAVG = Algorithm("FedAvg", FedAvgTrainer, fedavg_handler)

@@ -1,0 +1,231 @@
+"""A job inside MPI: device -> data -> the algorithm's halves -> run folder -> manager -> run.
+
+Every function that communicates is collective; only `_build_manager` and `_halves` look at the role of a rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmpi import __version__
+from fedmpi.config import RunConfig, result_hash
+from fedmpi.core.comm import PackageProcessor, library_version
+from fedmpi.core.cores import (
+    affinity,
+    cgroup_quota,
+    cores_of_node,
+    oversubscription_warning,
+    slurm_allocation,
+    threads_per_trainer,
+)
+from fedmpi.core.device import (
+    capability,
+    local_trainer_index,
+    open_device,
+    pick_device,
+    trainers_sharing,
+    visible_gpus,
+)
+from fedmpi.core.errors import EXIT_DONE
+from fedmpi.core.evaluate import Evaluator
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.manager import ClientPassiveManager, NetworkManager, Observer, ServerManager
+from fedmpi.core.seeding import Stream, derive_seed, seed_everything
+from fedmpi.core.trainer import ClientTrainer
+from fedmpi.core.vector import vector_hash
+from fedmpi.data.client_data import ClientData, test_evaluator
+from fedmpi.data.datasets import Dataset, load_dataset
+from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.partition_file import resolve_partition
+from fedmpi.logs import SUMMARY
+from fedmpi.models import build_model
+from fedmpi.report.banner import banner
+from fedmpi.report.progress import Progress
+from fedmpi.report.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A federated algorithm: its two halves.
+
+    Attributes:
+        name: for the banner.
+        trainer: (model, data, config, device) -> the client half.
+        handler: (model, config) -> the server half.
+    """
+
+    name: str
+    trainer: Callable[[torch.nn.Module, ClientData, Any, torch.device], ClientTrainer]
+    handler: Callable[[torch.nn.Module, Any], SyncParameterServerHandler]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a job runs.
+
+    Attributes:
+        device: this rank's.
+        threads: CPU threads of every trainer.
+        places: (host, device, capability) by rank.
+    """
+
+    device: torch.device
+    threads: int
+    places: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What this rank has of the algorithm; a lone rank has both."""
+
+    handler: SyncParameterServerHandler | None
+    trainer: ClientTrainer | None
+
+
+def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
+    """Collective. Train as `config` says.
+
+    Args:
+        net: this rank's end of the communicator.
+        algorithm: "module:NAME" of an `Algorithm`.
+        config: its options, the same on every rank.
+
+    Returns:
+        The exit code, the same on every rank.
+
+    Raises:
+        FedmpiError: a mistake of the user's, on every rank alike.
+    """
+    module, _, name = algorithm.partition(":")
+    recipe: Algorithm = getattr(importlib.import_module(module), name)
+    machine = _find_machine(net, config)
+    dataset = net.on_all(lambda: load_dataset(config.dataset, config.data_dir))
+    partition, split = _share_partition(net, config, dataset)
+    halves = net.on_all(lambda: _build_halves(net, recipe, config, dataset, partition, machine.device))
+    folder = net.on_root(lambda: RunFolder(config), share=False)
+    try:
+        if net.on_root(lambda: folder is not None and folder.finished):
+            logger.info("this very run is finished already: nothing to do")
+            return EXIT_DONE
+        provenance = {
+            "fedmpi": __version__,
+            "torch": str(torch.__version__),
+            "mpi": library_version(),
+            "ranks": net.size,
+            "threads": machine.threads,
+            "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
+            "dataset_sha256": dataset.sha256,
+            "partition_sha256": split,
+        }
+        net.on_root(lambda: folder.begin(config, provenance) if folder else None)
+        facts = {"options": result_hash(config), "data set": dataset.sha256, "threads": machine.threads}
+        evaluator = test_evaluator(dataset, machine.device)
+        progress = Progress(config.rounds)
+        manager = net.on_all(
+            lambda: _build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])
+        )
+        if halves.handler is not None and folder is not None:
+            size = len(halves.handler.model_parameters)
+            for line in banner(recipe.name, config, machine.places, dataset, partition, size, provenance, folder.path):
+                logger.info("%s", line)
+        code = manager.run()
+        if halves.handler is not None and folder is not None and code == EXIT_DONE:
+            model_hash = vector_hash(halves.handler.model.state_dict())
+            logger.log(SUMMARY, "%s", progress.summary(model_hash, folder.path))
+        return code
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
+    """Collective. This rank's device, opened, and everybody's for the banner."""
+    node = net.ranks_of_node()
+    host = socket.gethostname()
+    where = f"rank {net.rank} on {host}"
+    masks = net.on_every_rank(affinity())
+    cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
+    threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
+    warning = oversubscription_warning(cores, len(node), threads)
+    if warning and net.rank == node[0]:
+        logger.warning("%s", warning)
+
+    def open_own() -> torch.device:
+        if net.is_server and net.size > 1:
+            return open_device("cpu", threads)
+        visible = visible_gpus() if config.device != "cpu" else 0
+        name = pick_device(config.device, local_trainer_index(node, net.rank), visible, where)
+        return open_device(name, threads, trainers_sharing(node, net.rank, max(1, visible)), where)
+
+    device = net.on_all(open_own)
+    places = net.on_every_rank((host, str(device), capability(device)))
+    return Machine(device, threads, places)
+
+
+def _share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
+    """Collective. The split, found or made by the server and sent to all, and its SHA-256."""
+    held: list[PartitionIndex] = []
+
+    def resolve() -> tuple[str, int, int]:
+        index, sha256, _ = resolve_partition(config, dataset, config.data_dir)
+        held.append(index)
+        return sha256, len(index.offsets), len(index.indices)
+
+    sha256, num_offsets, num_indices = net.on_root(resolve)
+    offsets = held[0].offsets if held else np.empty(num_offsets, np.int64)
+    indices = held[0].indices if held else np.empty(num_indices, np.int64)
+    return PartitionIndex(net.bcast_vector(offsets), net.bcast_vector(indices)), sha256
+
+
+def _build_halves(
+    net: PackageProcessor,
+    recipe: Algorithm,
+    config: RunConfig,
+    dataset: Dataset,
+    partition: PartitionIndex,
+    device: torch.device,
+) -> Halves:
+    """The server half on rank 0, the client half on the others, both on a lone rank."""
+
+    def new_model() -> torch.nn.Module:
+        seed_everything(derive_seed(config.seed, Stream.INIT))  # the same weights on every rank, frozen ones too
+        return build_model(config.model, dataset.input_shape, dataset.num_classes)
+
+    handler = recipe.handler(new_model(), config) if net.is_server else None
+    trains = not net.is_server or net.size == 1
+    trainer = recipe.trainer(new_model(), ClientData(dataset, partition), config, device) if trains else None
+    return Halves(handler, trainer)
+
+
+def _build_manager(
+    net: PackageProcessor,
+    config: RunConfig,
+    halves: Halves,
+    evaluator: Evaluator,
+    facts: Mapping[str, object],
+    observers: Sequence[Observer],
+) -> NetworkManager:
+    """The manager of this rank's role; the only other place that looks at it."""
+    local = ClientPassiveManager(net, halves.trainer, evaluator, facts) if halves.trainer else None
+    if halves.handler is None:
+        assert local is not None
+        return local
+    return ServerManager(
+        net,
+        halves.handler,
+        local,
+        eval_every=config.eval_every,
+        collect=config.collect,
+        observers=observers,
+        facts=facts,
+    )

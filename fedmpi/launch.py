@@ -1,0 +1,102 @@
+"""From the command line to a running job: what happens before MPI starts, the start itself, and the exit code.
+
+What may start a child process (fetching a data set) happens before MPI: a process must not fork afterwards. What loads
+torch happens last, in `job`, so that `--help` and a wrong option need not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from fedmpi.config import RunConfig, parse
+from fedmpi.core.ending import abort_on_crash
+from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
+from fedmpi.core.launcher import missing_mpi_advice, speaks
+from fedmpi.data.partition import check_partition_options
+from fedmpi.data.sources import obtain
+from fedmpi.logs import say_error, set_up_logging
+
+
+def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:
+    """Run a job from the command line; collective if started by mpirun.
+
+    Args:
+        algorithm: "module:NAME" of an `Algorithm`; imported only once the options are right.
+        config_class: its options.
+        argv: arguments without the program's name; default: the process's.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake of the user's, 3 diverged; a crash ends all ranks with 1.
+    """
+    try:
+        return _main(algorithm, config_class, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # before MPI started; later `abort_on_crash` sees it first
+        if speaks():
+            say_error("interrupted (Ctrl-C)")
+        return EXIT_INTERRUPTED
+
+
+def _main(algorithm: str, config_class: type[RunConfig], argv: Sequence[str]) -> int:
+    module = algorithm.partition(":")[0]
+    if {"-h", "--help"} & set(argv) and not speaks():
+        return EXIT_DONE
+    config, mistake = None, None
+    try:
+        config = parse(
+            config_class, argv, f"python -m {module}", f"{module}: one federated training run as one MPI job"
+        )
+        _before_mpi(config)
+    except FedmpiError as error:
+        mistake = error
+    try:
+        from fedmpi.core.comm import PackageProcessor
+    except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
+        if "mpi" not in str(error).lower():
+            raise
+        return _leave(mistake or LaunchError(missing_mpi_advice()))
+    try:
+        net = PackageProcessor()
+    except LaunchError as error:
+        return _leave(mistake or error)
+    set_up_logging(net.rank, config)
+    with abort_on_crash(net):
+        try:
+            net.agree(mistake)
+            assert config is not None
+            from fedmpi.job import run_job
+
+            return run_job(net, algorithm, config)
+        except FedmpiError as error:
+            if not error.everywhere:
+                raise
+            if net.is_server:
+                say_error(str(error))
+            net.barrier()  # the message is out before a launcher sees the first exit code
+            return error.exit_code
+    raise AssertionError("abort_on_crash does not return after a crash")
+
+
+def _leave(error: FedmpiError) -> int:
+    """Without MPI to tell ranks apart, one process speaks and the rest go quietly.
+
+    They leave with 0, because a launcher ends the job at the first other code, perhaps before the speaker spoke.
+    """
+    if not speaks():
+        return EXIT_DONE
+    say_error(str(error))
+    return EXIT_MISTAKE
+
+
+def _before_mpi(config: RunConfig) -> None:
+    """What must be known, or done, before MPI starts."""
+    check_partition_options(config)
+    if config.ethernet is not None:
+        names = [name for _, name in socket.if_nameindex()]
+        if config.ethernet not in names:
+            raise ConfigError(f"--ethernet must be an interface of this machine ({', '.join(names)}), got {config.ethernet}")  # fmt: skip
+        for variable in ("FI_TCP_IFACE", "FI_SOCKETS_IFACE", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include"):
+            os.environ.setdefault(variable, config.ethernet)
+    obtain(config.dataset, config.data_dir)
