@@ -115,7 +115,7 @@ def test_cores_of_node_is_at_least_one_and_no_limit_is_passed(
     count = cores.cores_of_node(masks, quota, allocation)
     assert count >= 1
     assert count <= max(1, len(frozenset().union(*masks)))
-    assert quota is None or count < quota + 1
+    assert quota is None or count <= quota + 1
     assert allocation is None or count <= allocation
 
 
