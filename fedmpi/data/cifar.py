@@ -80,7 +80,7 @@ def _decode_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np
     try:
         batch: Any = load_plain(data)
         pixels, labels = batch["data"], batch["labels"]
-        if not isinstance(pixels, IntArray) or pixels.array.dtype != np.uint8:
+        if not isinstance(pixels, IntArray) or pixels.dtype != np.uint8:
             raise SourceError(f"{name} holds no uint8 pixels")
         images = pixels.array.reshape(-1, *IMAGE_SHAPE)
         return images, np.array(labels, np.uint8).reshape(len(images))

@@ -11,8 +11,8 @@ from fedmpi.core.files import remove_temps
 from fedmpi.core.lock import FileLock
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import make_partition, partition_parameters
-from fedmpi.data.partition_pickle import Manifest, load_dict, manifest_path, read_manifest, save_dict, write_partition
 from fedmpi.data.partition_index import PartitionIndex, check_partition, partition_sha256
+from fedmpi.data.partition_pickle import Manifest, load_dict, manifest_path, read_manifest, save_dict, write_partition
 from fedmpi.data.sources import data_root, writable
 
 __all__ = [

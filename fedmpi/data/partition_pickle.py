@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import pickle
 from collections.abc import Mapping
@@ -32,7 +33,13 @@ def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
         FilesystemError: the folder cannot be written.
     """
     plain = {int(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
-    atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
+    collects = gc.isenabled()
+    gc.disable()  # as in `load_plain`
+    try:
+        atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
+    finally:
+        if collects:
+            gc.enable()
 
 
 def load_dict(path: str | Path) -> Partition:
@@ -61,22 +68,28 @@ def load_dict(path: str | Path) -> Partition:
 
 def _flat_copies(value: dict[Any, Any], size_bytes: int) -> Partition:
     """The arrays, writable, as views of one buffer."""
-    arrays, total = [], 0
-    for client_id, indices in value.items():
-        if type(client_id) is not int:
-            raise PartitionError(f"client ids must be integers, found {str(client_id)[:40]!r}")
-        array = indices.array if type(indices) is IntArray else None
-        total += len(indices) if array is None and type(indices) in (list, tuple) else getattr(array, "size", 0)
-        if total > size_bytes:  # one array under many ids: a small file that would fill the memory
-            raise PartitionError("it holds more indices than bytes: some are shared between clients")
-        arrays.append(array if array is not None and _is_int64(array) else _as_int64(client_id, indices))
-    flat = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-    ends = np.cumsum([0, *map(len, arrays)]).tolist()
+    if not {type(client_id) for client_id in value} <= {int}:
+        wrong = next(client_id for client_id in value if type(client_id) is not int)
+        raise PartitionError(f"client ids must be integers, found {str(wrong)[:40]!r}")
+    sizes = [_size(client_id, indices) for client_id, indices in value.items()]
+    ends = np.cumsum([0, *sizes]).tolist()
+    if ends[-1] > size_bytes:  # one array under many ids: a small file that would fill the memory
+        raise PartitionError("it holds more indices than bytes: some are shared between clients")
+    if all(type(indices) is IntArray and indices.dtype == np.int64 for indices in value.values()):
+        flat = np.frombuffer(bytearray().join(indices.content for indices in value.values()), np.int64)
+    else:
+        flat = np.concatenate([np.empty(0, np.int64), *(_as_int64(*item) for item in value.items())])
     return {client_id: flat[ends[i] : ends[i + 1]] for i, client_id in enumerate(value)}
 
 
-def _is_int64(array: NDArray[Any]) -> bool:
-    return array.dtype == np.int64 and array.ndim == 1
+def _size(client_id: int, indices: Any) -> int:
+    if type(indices) is IntArray:
+        if len(indices.shape) == 1:
+            return indices.shape[0]
+        raise PartitionError(f"client {client_id}: indices must be a flat array, got one of shape {indices.shape}")
+    if type(indices) in (list, tuple):
+        return len(indices)
+    raise PartitionError(f"client {client_id}: indices must be a list or an array, got {type(indices).__name__}")
 
 
 def _as_int64(client_id: object, indices: Any) -> NDArray[np.int64]:

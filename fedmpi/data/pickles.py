@@ -9,8 +9,10 @@ long, go through the fast C machine, with the same stand-ins.
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
+import pickletools
 import re
 import struct
 from collections.abc import Callable
@@ -41,16 +43,20 @@ def load_plain(data: bytes) -> Any:
     Raises:
         RefusedError: whatever is wrong with it.
     """
-    careful = len(data) <= CAREFUL_BYTES or _has_odd_memo(data)
+    file = io.BytesIO(data)
+    collects = gc.isenabled()
+    gc.disable()  # a million small objects, none of them garbage: looking through them again and again costs seconds
     try:
-        file = io.BytesIO(data)
-        value = (
-            _CarefulMachine(file, encoding="latin1").load() if careful else _FastMachine(file, encoding="latin1").load()
-        )
+        if len(data) <= CAREFUL_BYTES:
+            return _CarefulMachine(file, encoding="latin1").load()
+        _check_memo(data)
+        return _FastMachine(file, encoding="latin1").load()
     except _MALFORMED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RefusedError(reason[:200]) from error
-    return value
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _FastMachine(pickle.Unpickler):
@@ -111,8 +117,18 @@ class _CarefulMachine(pickle._Unpickler):
     dispatch[ord("s")] = load_setitem
 
 
-def _has_odd_memo(data: bytes) -> bool:
-    """Whether some bytes of `data` could tell the C machine to make a memo larger than `data`. May say so in vain."""
-    after = np.flatnonzero(np.frombuffer(data, np.uint8)[: max(0, len(data) - 4)] == ord("r")) + 1
-    index = sum(np.frombuffer(data, np.uint8)[after + i].astype(np.int64) << (8 * i) for i in range(4))
-    return bool(np.any(index > len(data))) or re.search(rb"p[\s+_0-9]{8,}\n", data) is not None
+def _check_memo(data: bytes) -> None:
+    """Refuse a memo index larger than the file, for which the C machine would allocate a table up to it.
+
+    Only where bytes look like one, and only as far as the last such place, the steps are read one by one.
+    """
+    view = np.frombuffer(data, np.uint8)
+    places = np.flatnonzero(view[: max(0, len(data) - 4)] == ord("r"))
+    index = sum(view[places + 1 + i].astype(np.int64) << (8 * i) for i in range(4))
+    texts = [match.start() for match in re.finditer(rb"p[\s+_0-9]{8,}\n", data)]
+    last = max([*places[index > len(data)].tolist(), *texts], default=-1)
+    for opcode, argument, place in pickletools.genops(data):
+        if place is None or place > last:
+            return
+        if opcode.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(data):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}")

@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> str:
     lines = [
         f"data    {config.dataset}: {len(dataset.train)} training and {len(dataset.test)} test samples"
         + (f" in {folder}" if folder.is_dir() else ""),
-        f"split   {config.partition}: {index.num_clients} clients, {sizes.min()} / {np.median(sizes):g} / {sizes.max()} "
+        f"split   {config.partition}: {len(sizes)} clients, {sizes.min()} / {np.median(sizes):g} / {sizes.max()} "
         f"samples (min / median / max), hash {index.sha256()[:16]}",
         f"file    {path}",
         f"option  {flag}",

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class IntArray:
-    """A NumPy array on its way out of a pickle: `array` once the pickle has given its state."""
+    """An array of integers on its way out of a pickle: so far only the bytes and how to look at them."""
 
-    __slots__ = ("array",)
+    __slots__ = ("content", "dtype", "order", "shape")
 
     def __init__(self) -> None:
-        self.array: NDArray[Any] = np.empty(0, np.int64)
+        self.content: bytes | bytearray = b""
+        self.dtype: np.dtype[Any] = np.dtype(np.int64)
+        self.shape: tuple[int, ...] = (0,)
+        self.order: Literal["C", "F"] = "C"
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The array, over the bytes of the pickle."""
+        return np.frombuffer(self.content, self.dtype).reshape(self.shape, order=self.order)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
         self.fill(content, dtype, shape, "F" if fortran else "C")
 
     def fill(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
-        """Look at `content` (bytes, or a latin-1 str from Python 2) as an array."""
+        """Take the bytes (a latin-1 str from Python 2) if type, shape and length agree."""
         if type(content) is str:
             content = content.encode("latin1")
         if type(content) not in (bytes, bytearray) or type(dtype) is not _IntType or type(shape) is not tuple:
             raise pickle.UnpicklingError("an array that is not made of integers and bytes")
-        if not all(type(n) is int and n >= 0 for n in shape) or order not in ("C", "F"):
-            raise pickle.UnpicklingError(f"an array of shape {shape}")
-        if math.prod(shape) * dtype.dtype.itemsize != len(content):
+        num_entries = 1
+        for n in shape:
+            if type(n) is not int or n < 0:
+                raise pickle.UnpicklingError(f"an array of shape {shape}")
+            num_entries *= n
+        if num_entries * dtype.dtype.itemsize != len(content) or order not in ("C", "F"):
             raise pickle.UnpicklingError(f"an array of shape {shape} over {len(content)} bytes")
-        array = np.frombuffer(content, dtype.dtype)
-        self.array = array if len(shape) == 1 else array.reshape(shape, order=order)
+        self.content, self.dtype, self.shape, self.order = content, dtype.dtype, shape, order
 
 
 class _IntType:
