@@ -15,11 +15,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedmpi.core.aggregate import Aggregators
+    from fedmpi.core.client_manager import ClientPassiveManager
     from fedmpi.core.comm import PackageProcessor
     from fedmpi.core.ending import abort_on_crash
     from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
-    from fedmpi.core.manager import ClientPassiveManager, NetworkManager, ServerManager
+    from fedmpi.core.manager import NetworkManager
     from fedmpi.core.messages import MessageCode
+    from fedmpi.core.server_manager import ServerManager
     from fedmpi.core.trainer import ClientSGDTrainer, ClientTrainer
     from fedmpi.core.vector import SerializationTool
     from fedmpi.data.partition import noniid_slicing, random_slicing
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Aggregators": "core.aggregate",
-    "ClientPassiveManager": "core.manager",
+    "ClientPassiveManager": "core.client_manager",
     "ClientSGDTrainer": "core.trainer",
     "ClientTrainer": "core.trainer",
     "MessageCode": "core.messages",
@@ -35,7 +37,7 @@ _HOME = {
     "PackageProcessor": "core.comm",
     "ParameterServerBackendHandler": "core.handler",
     "SerializationTool": "core.vector",
-    "ServerManager": "core.manager",
+    "ServerManager": "core.server_manager",
     "SyncParameterServerHandler": "core.handler",
     "abort_on_crash": "core.ending",
     "load_dict": "data.partition_file",

@@ -129,7 +129,7 @@ class RunConfig(DataConfig):
         """
         if self.cohort_size is not None and self.sample_ratio is not None:
             raise ConfigError(
-                f"--cohort-size ({self.cohort_size}) and --sample-ratio ({self.sample_ratio}) exclude each other: give one"
+                f"--cohort-size ({self.cohort_size}) and --sample-ratio ({self.sample_ratio}) exclude each other"
             )
         if self.clients_per_round > self.num_clients:
             raise ConfigError(

@@ -51,7 +51,7 @@ class FedAvgTrainer(ClientTrainer):
         )
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """n of each client."""
+        """Samples of each client."""
         return self.data.num_samples(client_ids)
 
     def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
@@ -66,7 +66,7 @@ class FedAvgTrainer(ClientTrainer):
         losses = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
             order = torch.randperm(len(labels), generator=batches).to(self.device)
-            shuffled = zip(inputs[order].split(batch_size), labels[order].split(batch_size), strict=True)
+            shuffled = zip(torch.split(inputs[order], batch_size), torch.split(labels[order], batch_size), strict=True)
             losses += [self.engine.step(x, y) for x, y in shuffled]
         self.loss = float(torch.stack(losses).double().mean()) if losses else math.nan
 

@@ -17,6 +17,7 @@ import torch
 
 from fedmpi import __version__
 from fedmpi.config import RunConfig, result_hash
+from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.comm import PackageProcessor, library_version
 from fedmpi.core.cores import (
     affinity,
@@ -37,14 +38,15 @@ from fedmpi.core.device import (
 from fedmpi.core.errors import EXIT_DONE
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.manager import ClientPassiveManager, NetworkManager, Observer, ServerManager
+from fedmpi.core.manager import NetworkManager, Observer
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
+from fedmpi.core.server_manager import ServerManager
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import vector_hash
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
-from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_file import resolve_partition
+from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.logs import SUMMARY
 from fedmpi.models import build_model
 from fedmpi.report.banner import banner

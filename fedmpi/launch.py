@@ -96,7 +96,9 @@ def _before_mpi(config: RunConfig) -> None:
     if config.ethernet is not None:
         names = [name for _, name in socket.if_nameindex()]
         if config.ethernet not in names:
-            raise ConfigError(f"--ethernet must be an interface of this machine ({', '.join(names)}), got {config.ethernet}")  # fmt: skip
+            raise ConfigError(
+                f"--ethernet must be an interface of this host ({', '.join(names)}), got {config.ethernet}"
+            )
         for variable in ("FI_TCP_IFACE", "FI_SOCKETS_IFACE", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include"):
             os.environ.setdefault(variable, config.ethernet)
     obtain(config.dataset, config.data_dir)

@@ -21,7 +21,7 @@ def say_error(message: str) -> None:
 
 
 def set_up_logging(rank: int, config: RunConfig | None) -> None:
-    """Rank 0 logs to standard output (warnings to standard error), other ranks only warnings, with their rank before."""
+    """Rank 0 logs to standard output, warnings to standard error; other ranks only warnings, with their rank before."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -1,8 +1,9 @@
 """The only importer of mpi4py: what fedmpi sends, and how a rank waits and ends.
 
-Importing this module loads the MPI library; the first `PackageProcessor` starts MPI. In the round loop everything travels through buffers; the pickled (lower-case) calls
-of mpi4py serve the set-up only (`on_root`, `agree`, `same_everywhere`). Every wait is a non-blocking call polled with a
-growing sleep, because a blocked MPI call spins and would steal the core of a rank that trains.
+Importing this module loads the MPI library; the first `PackageProcessor` starts MPI. In the round loop everything
+travels through buffers; the pickled (lower-case) calls of mpi4py serve the set-up only (`on_root`, `agree`,
+`same_everywhere`). Every wait is a non-blocking call polled with a growing sleep, because a blocked MPI call spins and
+would steal the core of a rank that trains.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ T = TypeVar("T")
 SERVER_RANK = 0
 
 MAX_MESSAGE_BYTES = 2**30
-"""Longer buffers travel in pieces: MPI's classic calls count in a C int, and a wait between pieces is a chance to poll."""
+"""Longer buffers travel in pieces: MPI's classic calls count in a C int."""
 
 BLOCK_BYTES = 2**24
 """The server holds this much of the cohort's rows at a time, however many clients take part."""
@@ -160,7 +161,7 @@ class PackageProcessor:
         return np.split(arrived, np.cumsum(counts)[:-1])
 
     def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Collective. Each rank passes (k, B) rows; the server gets all ranks' rows, rank after rank, the others (0, B)."""
+        """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B)."""
         counts = self._counts(len(rows))
         width = rows.shape[1]
         arrived = np.empty((int(counts.sum()), width), np.float32)
@@ -209,10 +210,8 @@ class PackageProcessor:
         if not met:
             return
         first = errors[met[0]]
-        if len(met) == self.size:  # the same on all: nothing about it is a matter of ranks
-            raised = first
-        else:
-            raised = type(first)(f"{first} (rank {met[0]} of {self.size})")
+        # the same on all ranks: nothing about it is a matter of ranks
+        raised = first if len(met) == self.size else type(first)(f"{first} (rank {met[0]} of {self.size})")
         raised.everywhere = True
         raise raised
 
@@ -280,9 +279,10 @@ class PackageProcessor:
     def _shared_flag(self) -> NDArray[np.int64]:
         """Collective. One zeroed integer that the ranks of this node share."""
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        assert isinstance(node, MPI.Intracomm)
         self._window = MPI.Win.Allocate_shared(8 if node.Get_rank() == 0 else 0, 8, comm=node)
         memory, _ = self._window.Shared_query(0)
-        flag = np.frombuffer(memory, np.int64, 1)
+        flag: NDArray[np.int64] = np.asarray(memory).view(np.int64)[:1]
         if node.Get_rank() == 0:
             flag[0] = 0
         node.Barrier()
@@ -332,7 +332,7 @@ def library_version() -> str:
     return f"{name} {'.'.join(map(str, numbers))}"
 
 
-def describe(name: str, values: Mapping[object, Sequence[int]]) -> str:
+def describe(name: str, values: Mapping[Any, Sequence[int]]) -> str:
     """One fact that differs, e.g. "torch is 2.2 on ranks 0, 2 but 2.4 on rank 1"."""
     parts = [f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in values.items()]
     return f"{name} is {' but '.join(parts)}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
     """Around all a rank does: whatever ends one rank ends the job, at once, with a true exit code and one message.
 
-    An error that every rank raised alike (through `on_root` or `agree`) passes through, for each rank to exit by itself.
+    An error that every rank raised alike (through `on_root` or `agree`) passes through: each rank exits by itself.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
 
 
 def _last_words(net: PackageProcessor, message: str) -> None:
-    """One message a node, in one write: where one rank fails, others often fail for the same reason or because of it."""
+    """One message a node, in one write: others often fail for the same reason, or because of this failure."""
     if not net.claim_last_words():
         return
     activity = f", {net.activity}" if net.activity else ""

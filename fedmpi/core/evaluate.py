@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK_SIZE = 500
-"""Samples a chunk. A matrix product's last bits depend on its shape, so this is the same whatever the number of ranks."""
+"""Samples a chunk. A product's last bits depend on its shape, so this is the same whatever the number of ranks."""
 
 _LOSS_SCALE = 2.0**24
 _LOSS_LIMIT = 2.0**30  # a chunk's summed loss above this counts as non-finite; 2^30 x 2^24 leaves room for 512 chunks
@@ -50,7 +50,7 @@ class Evaluator:
         return -(-self.num_samples // CHUNK_SIZE)
 
     def evaluate(self, model: nn.Module, share: int, num_shares: int) -> NDArray[np.int64]:
-        """(4,) int64: samples, correct, fixed-point loss, chunks whose loss is not finite, over chunks share::num_shares.
+        """(4,) int64 over chunks share::num_shares: samples, correct, fixed-point loss, chunks with a non-finite loss.
 
         Restores the model's training mode. Draws no random number.
         """

@@ -2,7 +2,7 @@
 
 Client k adds round(n_k * (w_k - w) * 2^s) as int64. Integer addition is associative: any placement of clients, any
 order of arrival and any MPI reduction gives the same bits. `s` is known before the round starts; it is the largest with
-which, for |w_k - w| < 2^7, no single term passes 2^51 and no sum passes 2^62. A client whose update reaches 2^7 anywhere
+which, for |w_k - w| < 2^7, no single term passes 2^51 and no sum passes 2^62. A client whose update reaches 2^7
 puts its whole vector into a coarser bin (each 2^40 times coarser, each an exact sum of its own); which bin depends on
 that client alone. In bin 0 the mean is off by at most 2^-43 * (largest weight / mean weight).
 

@@ -89,7 +89,7 @@ class FileLock:
                 logger.info("waiting for %s: in use by %s", self.what, holder)
                 told = True
             time.sleep(pause_s)
-            pause_s = min(1.0, pause_s * 1.5)
+            pause_s = min(0.5, pause_s * 1.5)
         self._token = me.token
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name=f"heartbeat {self.path.name}", daemon=True)

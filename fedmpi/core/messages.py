@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.core.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
 
 HEADER_SIZE = 9
 """int64 words of an order's header: magic, code, round, K, B, exit code, weight total, weight max, rows."""
@@ -60,8 +63,8 @@ class Order:
     def header(self) -> NDArray[np.int64]:
         """(HEADER_SIZE,) int64; its length does not depend on the order."""
         sizes = (len(self.cohort), len(self.integer_state))
-        words = (_MAGIC, self.code, self.round_idx, *sizes, self.exit_code)
-        words = (*words, self.weight_total, self.weight_max, self.rows)
+        what = (_MAGIC, self.code, self.round_idx)
+        words = (*what, *sizes, self.exit_code, self.weight_total, self.weight_max, self.rows)
         return np.array(words, np.int64)
 
     def body(self) -> NDArray[np.int64]:
@@ -111,6 +114,9 @@ class ClientUpdate:
 
 class PartialSum(Protocol):
     """One rank's part of the exact sum (see `exactsum`), as far as sending it goes."""
+
+    def mean(self) -> torch.Tensor:
+        """(P,) float64: the weighted mean, once the sums over ranks are in the buffers."""
 
     @property
     def num_bins(self) -> int:

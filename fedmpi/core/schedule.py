@@ -1,4 +1,4 @@
-"""Which trainer takes which client. Pure; the choice never changes a result, only how long the slowest trainer works."""
+"""Which trainer takes which client. The choice never changes a result, only how long the slowest trainer works."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class ClientSGDTrainer(ClientTrainer):
             for inputs, labels in self.data_loader:
                 loss = self.criterion(self.model(inputs.to(self.device)), labels.to(self.device))
                 self.optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 self.optimizer.step()
                 total, steps = total + float(loss.detach()), steps + 1
         self.loss = total / steps if steps else math.nan

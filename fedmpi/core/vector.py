@@ -48,7 +48,7 @@ class SerializationTool:
         want = sum(t.numel() for _, t in entries)
         if serialized_parameters.numel() != want:
             raise ModelError(f"the model has {want} vector entries, the vector {serialized_parameters.numel()}")
-        pieces = serialized_parameters.split([t.numel() for _, t in entries])
+        pieces = torch.split(serialized_parameters, [t.numel() for _, t in entries])
         with torch.no_grad():
             for (_, tensor), piece in zip(entries, pieces, strict=True):
                 value = piece.view_as(tensor)
@@ -70,7 +70,7 @@ def flatten(model: nn.Module) -> Tensor:
     if not entries or num_trainable(model) == 0:
         raise ModelError("the model has no trainable parameter (requires_grad=True)")
     for name, tensor in entries:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise ModelError(f"{name!r} has no shape yet (a lazy module): run one forward pass in the model's function")
         if tensor.dtype != torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -87,7 +87,7 @@ def flat_gradient(model: nn.Module) -> Tensor:
     """Make the trainable parameters' gradients views into one zeroed (T,) vector, in vector order; returns it."""
     params = [p for _, p in _trainable(model)]
     gradient = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    for param, piece in zip(params, gradient.split([p.numel() for p in params]), strict=True):
+    for param, piece in zip(params, torch.split(gradient, [p.numel() for p in params]), strict=True):
         param.grad = piece.view(param.shape)
     return gradient
 

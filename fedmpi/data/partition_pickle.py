@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import pickle
 from collections.abc import Mapping
@@ -19,12 +18,13 @@ from fedmpi.core.files import atomic_write
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import partition_parameters
 from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.data.pickles import IntArray, RefusedError, load_plain
+from fedmpi.data.pickles import IntArray, RefusedError, load_plain, paused_gc
 from fedmpi.data.slicing import Partition
 
 VERSION = 1
 
 
+@paused_gc()
 def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
     """Write {client_id: indices} as a pickle that any Python with NumPy loads; atomic.
 
@@ -33,15 +33,10 @@ def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
         FilesystemError: the folder cannot be written.
     """
     plain = {int(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
-    collects = gc.isenabled()
-    gc.disable()  # as in `load_plain`
-    try:
-        atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
-    finally:
-        if collects:
-            gc.enable()
+    atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
 
 
+@paused_gc()
 def load_dict(path: str | Path) -> Partition:
     """Read what `save_dict`, FedLab, or another program pickled as {client_id: integers}; runs no code of the file.
 

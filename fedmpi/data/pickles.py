@@ -2,27 +2,24 @@
 
 Only integers, text, bytes, lists, tuples, dicts and NumPy arrays and scalars of integers come out. Every global a
 pickle names is looked up in a table of our own stand-ins, which check what they are given and build nothing but arrays
-over the bytes that are in the file; no class or function of NumPy or Python is ever handed out. Pickles of any size
-that a person writes by hand go through a machine that also checks each step; only the large ones, where that takes too
-long, go through the fast C machine, with the same stand-ins.
+over the bytes that are in the file; no class or function of NumPy or Python is ever handed out. Files of up to
+`CAREFUL_BYTES` go through a machine that also checks each step, so that a small file cannot ask for much memory or
+stack. Larger ones, where that takes too long, go through the C machine with the same stand-ins: they still run no code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import pickle
-import pickletools
-import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
-
-import numpy as np
 
 from fedmpi.data.stand_ins import IntArray, stand_in
 
-__all__ = ["IntArray", "RefusedError", "load_plain"]
+__all__ = ["IntArray", "RefusedError", "load_plain", "paused_gc"]
 
 CAREFUL_BYTES = 8 * 2**20
 """Up to this size each step is checked."""
@@ -37,6 +34,18 @@ class RefusedError(Exception):
     """The pickle is damaged or asks for more than data; the text says what."""
 
 
+@contextlib.contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection inside: it would look through a million new objects, none of them garbage, every time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def load_plain(data: bytes) -> Any:
     """What the pickle `data` holds; arrays come as `IntArray`.
 
@@ -44,19 +53,13 @@ def load_plain(data: bytes) -> Any:
         RefusedError: whatever is wrong with it.
     """
     file = io.BytesIO(data)
-    collects = gc.isenabled()
-    gc.disable()  # a million small objects, none of them garbage: looking through them again and again costs seconds
     try:
         if len(data) <= CAREFUL_BYTES:
             return _CarefulMachine(file, encoding="latin1").load()
-        _check_memo(data)
         return _FastMachine(file, encoding="latin1").load()
     except _MALFORMED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RefusedError(reason[:200]) from error
-    finally:
-        if collects:
-            gc.enable()
 
 
 class _FastMachine(pickle.Unpickler):
@@ -115,20 +118,3 @@ class _CarefulMachine(pickle._Unpickler):
     dispatch[ord("d")] = load_dict
     dispatch[ord("u")] = load_setitems
     dispatch[ord("s")] = load_setitem
-
-
-def _check_memo(data: bytes) -> None:
-    """Refuse a memo index larger than the file, for which the C machine would allocate a table up to it.
-
-    Only where bytes look like one, and only as far as the last such place, the steps are read one by one.
-    """
-    view = np.frombuffer(data, np.uint8)
-    places = np.flatnonzero(view[: max(0, len(data) - 4)] == ord("r"))
-    index = sum(view[places + 1 + i].astype(np.int64) << (8 * i) for i in range(4))
-    texts = [match.start() for match in re.finditer(rb"p[\s+_0-9]{8,}\n", data)]
-    last = max([*places[index > len(data)].tolist(), *texts], default=-1)
-    for opcode, argument, place in pickletools.genops(data):
-        if place is None or place > last:
-            return
-        if opcode.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(data):
-            raise pickle.UnpicklingError(f"it numbers an object {argument}")

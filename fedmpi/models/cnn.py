@@ -53,7 +53,7 @@ def _image(input_shape: tuple[int, ...], model: str, smallest: int) -> tuple[int
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
         raise ModelError(
-            f"--model {model} wants images (channels, height, width) of at least {smallest}x{smallest}, the data set has"
-            f" samples of shape {input_shape}; 2nn and logistic fit any shape"
+            f"--model {model} wants images (channels, height, width) of at least {smallest}x{smallest}, got samples of"
+            f" shape {input_shape}; 2nn and logistic fit any shape"
         )
     return input_shape[0], input_shape[1], input_shape[2]

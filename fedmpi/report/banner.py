@@ -37,20 +37,20 @@ def banner(
     trainers = places[1:] or places
     devices = Counter(f"{device} ({capability})" for _, device, capability in trainers)
     sizes = partition.sizes
+    digest = str(provenance["partition_sha256"])[:12]
     spread = f"{sizes.min()}" if sizes.min() == sizes.max() else f"{sizes.min()}-{sizes.max()}"
     split = config.partition_file or config.partition
     batch = config.batch_size or "all"
-    threads = provenance["threads"]
+    threads = f"{provenance['threads']} thread{'s' if provenance['threads'] != 1 else ''} each"
     return [
         f"fedmpi {provenance['fedmpi']}: {algorithm} on {provenance['mpi']}, torch {provenance['torch']}",
         f"ranks:  {len(places)} on " + ", ".join(f"{host} ({count})" for host, count in hosts.items()),
-        "trains: "
-        + ", ".join(f"{count} x {device}" for device, count in devices.items())
-        + f", {threads} thread(s) each",
+        f"trains: {', '.join(f'{count} x {device}' for device, count in devices.items())}, {threads}",
         f"data:   {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test samples;"
-        f" {split} over {partition.num_clients:,} clients of {spread} (split {str(provenance['partition_sha256'])[:12]})",
+        f" {split} over {partition.num_clients:,} clients of {spread} (split {digest})",
         f"model:  {config.model}, {num_parameters:,} vector entries",
-        f"rounds: {config.rounds} with {config.clients_per_round} clients each; {config.local_epochs} local epoch(s),"
+        f"rounds: {config.rounds} with {config.clients_per_round} clients each; {config.local_epochs} local epoch"
+        f"{'s' if config.local_epochs != 1 else ''},"
         f" batch {batch}, client lr {config.client_lr:g}, seed {config.seed}",
         f"output: {run_dir}",
     ]

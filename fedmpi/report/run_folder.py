@@ -5,6 +5,7 @@ runs/NAME/  config.yaml  history.jsonl  model.pt
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import re
@@ -49,13 +50,13 @@ class RunFolder:
                 raise
 
     def begin(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
-        """Write config.yaml and an empty history; the history of a run that did not finish is put aside."""
+        """Write config.yaml (without --run-dir, so that it starts another run) and an empty history; the history of a run that did not finish is put aside."""
         history = self.path / HISTORY
         if history.exists() and history.stat().st_size:
             old = history.with_name(f"history-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
             history.rename(old)
             logger.warning("%s holds a run that did not finish: starting over, its history is now %s", self.path, old)
-        atomic_write(self.path / CONFIG, to_yaml(config, provenance).encode())
+        atomic_write(self.path / CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), provenance).encode())
         self._history = History(history)
 
     def on_round(self, record: RoundRecord) -> None:

@@ -1,0 +1,105 @@
+"""A trainer rank's half of the round loop.
+
+Shapes: P vector entries.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmpi.core.comm import SERVER_RANK, PackageProcessor
+from fedmpi.core.errors import ConfigError
+from fedmpi.core.evaluate import Evaluator
+from fedmpi.core.exactsum import ExactSum
+from fedmpi.core.manager import NetworkManager
+from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
+from fedmpi.core.trainer import ClientTrainer
+from fedmpi.core.vector import integer_state, load_integer_state
+
+
+class ClientPassiveManager(NetworkManager):
+    """A trainer rank: does what the server orders."""
+
+    def __init__(
+        self,
+        net: PackageProcessor,
+        trainer: ClientTrainer,
+        evaluator: Evaluator | None = None,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """Over a trainer.
+
+        Args:
+            net: this rank's end of the communicator.
+            trainer: trains one client after the other.
+            evaluator: evaluates this rank's share of the test set; None: no evaluation in this job.
+            facts: more that must be the same on all ranks.
+        """
+        super().__init__(net, facts)
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.trainer_idx = max(0, net.rank - 1)
+        on_gpu = trainer.device.type == "cuda"
+        self._received = torch.empty(trainer.model_parameters.numel(), pin_memory=on_gpu)
+        self._work = LocalWork()
+
+    def setup(self) -> None:
+        """Collective. Compare models; tell the server the sample counts of a share of the clients."""
+        self._check_same(self.trainer.model, self.trainer.device)
+        num_clients = self.net.max_of(0)
+        self.trainer.seed = self.net.max_of(0)
+        self._share_sizes(num_clients, self.trainer, self.trainer_idx)
+
+    def downlink(self) -> NDArray[np.float32]:
+        """The receive buffer."""
+        return self._received.numpy()
+
+    def local_work(self, order: Order, vector: NDArray[np.float32]) -> LocalWork:
+        """Act on the order, then hand over what it came to."""
+        self.on_receive(SERVER_RANK, order.code, (order, torch.from_numpy(vector).to(self.trainer.device)))
+        return self.synchronize()
+
+    def on_receive(self, sender_rank: int, message_code: MessageCode, payload: tuple[Order, torch.Tensor]) -> None:
+        """Train this rank's clients of the cohort, or evaluate its share of the test set."""
+        order, vector = payload
+        if message_code is MessageCode.PARAMETER_UPDATE:
+            self._work = self._train(order, vector)
+        elif message_code is MessageCode.EVALUATE_PARAMS:
+            self._work = self._evaluate(order, vector)
+
+    def synchronize(self) -> LocalWork:
+        """What this rank contributes to the collection, given up once."""
+        work, self._work = self._work, LocalWork()
+        return work
+
+    def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
+        trainer, exact = self.trainer, ExactSum(vector, order.weight_total, order.weight_max)
+        work = LocalWork(exact=None if order.rows else exact)
+        mine = order.cohort[order.ranks == self.net.rank]
+        for client_id, weight in zip(mine.tolist(), trainer.num_samples(mine).tolist(), strict=True):
+            self.net.activity = f"client {client_id}, round {order.round_idx}"
+            started = time.perf_counter()
+            trainer.begin_client(order.round_idx, client_id)
+            load_integer_state(trainer.model, order.integer_state)
+            trainer.train(vector)
+            trained = trainer.model_parameters.detach()
+            bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
+            if order.rows:
+                work.rows.append(trained.cpu().numpy().copy())
+            seconds, state = time.perf_counter() - started, integer_state(trainer.model)
+            work.updates.append(ClientUpdate(client_id, weight, trainer.loss, seconds, bin_idx, state))
+        self.net.activity = f"round {order.round_idx}"
+        return work
+
+    def _evaluate(self, order: Order, vector: torch.Tensor) -> LocalWork:
+        if self.evaluator is None:
+            raise ConfigError("the server wants an evaluation, but this trainer was given no evaluator")
+        self.net.activity = f"evaluation after round {order.round_idx}"
+        self.trainer.model_parameters.copy_(vector)
+        load_integer_state(self.trainer.model, order.integer_state)
+        return LocalWork(metrics=self.evaluator.evaluate(self.trainer.model, self.trainer_idx, self.net.num_trainers))

@@ -1,0 +1,224 @@
+"""The server rank's half of the round loop.
+
+Shapes: P vector entries, K cohort, N clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmpi.core.client_manager import ClientPassiveManager
+from fedmpi.core.clock import RoundClock
+from fedmpi.core.comm import PackageProcessor
+from fedmpi.core.errors import EXIT_DONE, ConfigError, DivergedError, FedmpiError
+from fedmpi.core.evaluate import Metrics, metrics_of
+from fedmpi.core.exactsum import ExactSum
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.manager import NetworkManager, Observer
+from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
+from fedmpi.core.schedule import place
+
+logger = logging.getLogger(__name__)
+
+
+class ServerManager(NetworkManager):
+    """The server rank: decides what happens next. Alone in the job, it has its trainer do the local work."""
+
+    def __init__(
+        self,
+        net: PackageProcessor,
+        handler: SyncParameterServerHandler,
+        local: ClientPassiveManager | None = None,
+        *,
+        eval_every: int = 0,
+        collect: Literal["auto", "reduce", "gather"] = "auto",
+        observers: Sequence[Observer] = (),
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """Over a handler.
+
+        Args:
+            net: this rank's end of the communicator.
+            handler: the server half of the algorithm.
+            local: the client half, needed only when this is the job's only rank.
+            eval_every: evaluate after every so many rounds and after the last; 0: never.
+            collect: how updates travel; "auto": as the handler needs them.
+            observers: told of each round.
+            facts: more that must be the same on all ranks.
+
+        Raises:
+            ConfigError: the handler needs rows but `collect` is "reduce", or a lone server has no trainer.
+        """
+        super().__init__(net, facts)
+        self.handler = handler
+        self.local = local
+        self.eval_every = eval_every
+        self.observers = observers
+        self._needs = handler.needs()
+        if self._needs != "sum" and collect == "reduce":
+            raise ConfigError(
+                f"--collect reduce sums updates on the way, but {type(handler).__name__} needs each one: use gather"
+            )
+        if net.size == 1 and local is None:
+            raise ConfigError("a job of one rank trains on it too: give ServerManager a ClientPassiveManager, or -n 2")
+        self._rows_travel = self._needs != "sum" or collect == "gather"
+        self._evaluation_due = False
+        self._failure: FedmpiError | None = None
+        self._record: RoundRecord | None = None
+        self._updates: list[ClientUpdate] = []
+        self._arrival: NDArray[np.int64] = np.empty(0, np.int64)  # cohort position -> place among the arriving rows
+        self._result = torch.empty(0)
+        self._clock = RoundClock(net)
+
+    def setup(self) -> None:
+        """Collective. Compare models; learn the sample count of every client."""
+        self._check_same(self.handler.model, self.local.trainer.device if self.local else None)
+        num_clients = self.net.max_of(self.handler.num_clients)
+        seed = self.net.max_of(self.handler.seed)
+        trainer = self.local.trainer if self.local else None
+        if trainer is not None:
+            trainer.seed = seed
+        self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
+
+    def next_order(self) -> Order:
+        """Evaluate if that is due, else train, else send everybody home."""
+        self._clock.start()
+        if self._failure is None and self._evaluation_due:
+            state = self.handler.integer_state()
+            return Order(MessageCode.EVALUATE_PARAMS, self.handler.round_idx - 1, integer_state=state)
+        if self._failure is not None or self.handler.stop_condition():
+            return self.shutdown_clients()
+        return self.activate_clients()
+
+    def activate_clients(self) -> Order:
+        """The order that starts a round: who trains, and where."""
+        handler = self.handler
+        cohort = handler.sample_clients()
+        ranks = place(cohort, handler.weights, self.net.num_trainers, handler.num_clients) + (self.net.size > 1)
+        self.net.activity = f"round {handler.round_idx}"
+        self._updates = []
+        self._arrival = np.argsort(np.argsort(ranks, kind="stable"), kind="stable")
+        return Order(
+            MessageCode.PARAMETER_UPDATE,
+            handler.round_idx,
+            cohort,
+            ranks,
+            handler.integer_state(),
+            weight_total=int(handler.weights.sum()),
+            weight_max=int(handler.weights.max()),
+            rows=int(self._rows_travel),
+        )
+
+    def shutdown_clients(self) -> Order:
+        """The order that ends the job. What is to be kept is on disk before it goes out."""
+        if self._failure is not None:
+            logger.error("%s", self._failure)
+            return Order(MessageCode.EXIT, exit_code=self._failure.exit_code)
+        for observer in self.observers:
+            observer.on_end(self.handler)
+        return Order(MessageCode.EXIT, exit_code=EXIT_DONE)
+
+    def downlink(self) -> NDArray[np.float32]:
+        """The global model itself."""
+        return self.handler.model_parameters.numpy()
+
+    def local_work(self, order: Order, vector: NDArray[np.float32]) -> LocalWork:
+        """Room for what will arrive; when alone, the trainer's work."""
+        self._clock.sent()
+        if self.local is not None:
+            return self.local.local_work(order, vector)
+        if order.code is MessageCode.PARAMETER_UPDATE and not order.rows:
+            return LocalWork(exact=ExactSum(self.handler.model_parameters, order.weight_total, order.weight_max))
+        return LocalWork()
+
+    def on_receive(self, sender_rank: int, message_code: MessageCode, payload: list[ClientUpdate]) -> None:
+        """Note one rank's client updates; a non-finite one ends the job."""
+        self._clock.busy(sender_rank, sum(update.seconds for update in payload))
+        self._updates += payload
+        for update in payload:
+            if update.bin_idx is None and self._failure is None:
+                self._failure = DivergedError(
+                    f"client {update.client_id}'s model is not finite after training in round {self.handler.round_idx}:"
+                    " lower --client-lr"
+                )
+
+    def on_block(self, columns: slice, rows: NDArray[np.float32]) -> None:
+        """Bring the block into cohort order and have it aggregated, or kept if the handler wants whole vectors."""
+        handler, block = self.handler, torch.from_numpy(rows)[self._arrival]
+        reference = handler.model_parameters[columns]
+        if columns.start == 0:
+            dtype = torch.float64 if self._needs == "sum" else torch.float32
+            shape = (
+                (len(block), len(handler.model_parameters)) if self._needs == "rows" else handler.model_parameters.shape
+            )
+            self._result = torch.empty(shape, dtype=dtype)
+        if self._needs == "rows":
+            self._result[:, columns] = block
+        elif self._needs == "blocks":
+            self._result[columns] = handler.aggregate(block, reference)
+        else:
+            bins = {update.client_id: update.bin_idx for update in self._updates}
+            exact = ExactSum(reference, int(handler.weights.sum()), int(handler.weights.max()))
+            for client_id, row, weight in zip(handler.cohort.tolist(), block, handler.weights.tolist(), strict=True):
+                exact.add(row, weight, bins[client_id])
+            self._result[columns] = exact.mean()
+
+    def finish_round(self, order: Order, work: LocalWork) -> None:
+        """The server step, or the end of an evaluation; then tell the observers."""
+        if order.code is MessageCode.EVALUATE_PARAMS:
+            self._evaluation_due = False
+            self.handler.metrics = metrics_of(work.metrics)
+            self._report(self.handler.metrics)
+            return
+        if self._failure is not None:
+            return
+        handler = self.handler
+        self._clock.collected()
+        if self._needs == "rows":
+            handler.update_model(list(self._result))
+        elif self._needs == "blocks":
+            handler.model_parameters.copy_(self._result)
+        elif work.exact is not None:
+            handler.step(work.exact.mean().cpu())
+        else:
+            handler.step(self._result)
+        self._updates.sort(key=lambda update: update.client_id)
+        handler.update_integer_state([update.integer_state for update in self._updates])
+        handler.round_idx += 1
+        self._result = torch.empty(0)
+        if not bool(torch.isfinite(handler.model_parameters).all()):
+            self._failure = DivergedError(
+                f"the global model is not finite after round {order.round_idx}: lower --server-lr or --client-lr"
+            )
+            return
+        self._clock.stepped()
+        due = handler.stop_condition() or (self.eval_every > 0 and handler.round_idx % self.eval_every == 0)
+        self._evaluation_due = self.eval_every > 0 and due
+        if not self._evaluation_due:
+            self._report(None)
+
+    def _report(self, metrics: Metrics | None) -> None:
+        handler = self.handler
+        num_samples = int(handler.weights.sum())
+        loss = sum(u.num_samples * u.loss for u in self._updates if u.num_samples) / max(num_samples, 1)
+        traffic = 4 * len(handler.cohort) * len(handler.model_parameters)
+        record = RoundRecord(
+            round_idx=handler.round_idx - 1,
+            cohort=handler.cohort.tolist(),
+            num_samples=num_samples,
+            train_loss=loss if num_samples and math.isfinite(loss) else None,
+            accuracy=metrics.accuracy if metrics else None,
+            loss=metrics.loss if metrics else None,
+            bytes_down=traffic,
+            bytes_up=traffic,
+            timings=self._clock.timings(metrics is not None),
+        )
+        for observer in self.observers:
+            observer.on_round(record)
