@@ -52,7 +52,9 @@ def resolve_partition(
         path = Path(config.partition_file).expanduser()
         index = _users_file(path, config, dataset)
         return index, index.sha256(), path
-    index, kept = default_partition(config, dataset, data_dir)
+    index, kept, problem = default_partition(config, dataset, data_dir)
+    if kept is None:
+        logger.warning("%s: the split stays out of the data folder", problem)
     return index, index.sha256(), kept
 
 
@@ -71,16 +73,19 @@ def partition_name(config: DataConfig) -> str:
 
 def default_partition(
     config: DataConfig, dataset: Dataset, data_dir: str | Path | None
-) -> tuple[PartitionIndex, Path | None]:
-    """The split in the data folder, made there if it is missing or damaged; path None: not kept."""
+) -> tuple[PartitionIndex, Path | None, str]:
+    """The split in the data folder, made there if it is missing or damaged.
+
+    Returns:
+        The split, its file, and "". Where the folder cannot be written: the split, None, and why.
+    """
     path = data_root(data_dir) / config.dataset / "partitions" / partition_name(config)
     index, problem = read_partition(path, config, dataset)
     if index is not None:
-        return index, path
+        return index, path, ""
     if not writable(path.parent):
         made, _ = new_partition(config, dataset)
-        logger.warning("%s cannot be written: the split stays out of the data folder", path.parent)
-        return made, None
+        return made, None, f"{path.parent} cannot be written"
     made, manifest = new_partition(config, dataset)  # before the lock: what is refused leaves nothing behind
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +97,8 @@ def default_partition(
                     logger.warning("%s: made again", problem)
                 write_partition(path, made, manifest)
     except (FilesystemError, OSError) as error:
-        logger.warning("%s: the split stays out of the data folder", error)
-        return made, None
-    return made, path
+        return made, None, str(error)
+    return made, path, ""
 
 
 def new_partition(config: DataConfig, dataset: Dataset) -> tuple[PartitionIndex, Manifest]:

@@ -47,9 +47,9 @@ def prepare(config: PrepareConfig) -> str:
     dataset = load_dataset(config.dataset, config.data_dir)
     flag = ""
     if config.out is None:
-        index, path = default_partition(config, dataset, config.data_dir)
+        index, path, problem = default_partition(config, dataset, config.data_dir)
         if path is None:
-            raise FilesystemError("the data folder cannot be written: give a folder with --out")
+            raise FilesystemError(f"{problem}: give a folder with --out")
         flag = "nothing: jobs with these settings find it"
     else:
         path = Path(config.out).expanduser() / partition_name(config)

@@ -10,7 +10,7 @@ import pytest
 
 import fedmpi
 from fedmpi.config import RunConfig
-from fedmpi.data import prepare
+from fedmpi.data import partition_file, prepare
 from fedmpi.data.datasets import load_dataset
 from fedmpi.data.partition import random_slicing
 from fedmpi.data.partition_file import load_dict, resolve_partition, save_dict
@@ -42,10 +42,10 @@ def test_into_a_folder_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     path = tmp_path / "a" / "b" / "synthetic-iid-clients=7-seed=0.pkl"
     assert out.endswith(f"option  --partition-file {path}\n")
-    before = path.stat()
+    before = path.stat().st_mtime_ns, path.stat().st_ino
     assert prepare.main(args) == 0
     assert capsys.readouterr().out == out
-    assert path.stat() == before
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
     config = RunConfig(dataset="synthetic", num_clients=7, partition_file=str(path))
     assert resolve_partition(config, load_dataset("synthetic"))[2] == path
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.manifest.json"]
@@ -84,6 +84,15 @@ def test_mistakes_are_one_line(args: list[str], message: str, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert captured.err == message + "\n"
     assert captured.out == ""
+
+
+def test_a_data_folder_that_cannot_be_written(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(partition_file, "writable", lambda folder: False)
+    assert prepare.main(ARGS) == 2
+    folder = data_dir / "synthetic" / "partitions"
+    assert capsys.readouterr().err == f"error: {folder} cannot be written: give a folder with --out\n"
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
