@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import pytest
+
+from fedmpi.core import comm as comm_module
+from fedmpi.core.errors import ConfigError, DisagreementError
+from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
+
+STATE = np.arange(3)
+
+
+def order(code=MessageCode.PARAMETER_UPDATE, ranks=(), rows=0):
+    cohort = np.arange(10, 10 + len(ranks))
+    return Order(code, 7, cohort, np.array(ranks, np.int64), STATE, 0, 30, 12, rows)
+
+
+class Recorder:
+    def __init__(self):
+        self.updates, self.blocks = {}, []
+
+    def on_receive(self, sender_rank, message_code, payload):
+        self.updates[sender_rank] = (message_code, payload)
+
+    def on_block(self, columns, rows):
+        self.blocks.append((columns, rows.copy()))
+
+
+class FakeSum:
+    def __init__(self, sums):
+        self.sums = sums
+
+    @property
+    def num_bins(self):
+        return len(self.sums)
+
+    def buffers(self, num_bins):
+        self.sums += [np.zeros_like(self.sums[0]) for _ in range(num_bins - len(self.sums))]
+        return self.sums
+
+
+def test_an_order_arrives_as_it_was_sent(net, agree):
+    sent = order(ranks=(1, 2, 1))
+    got = net.bcast_order(sent if net.is_server else None)
+    same = all(
+        np.array_equal(getattr(sent, name), getattr(got, name)) for name in sent.__dataclass_fields__
+    ) and got.code is MessageCode.PARAMETER_UPDATE
+    agree(same, got)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 8, 9, 64, 2**30])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint8])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
+def test_bcast_vector_in_pieces(net, agree, monkeypatch, limit, dtype, size):
+    """Counts just below, at and above the largest message."""
+    monkeypatch.setattr(comm_module, "MAX_MESSAGE_BYTES", limit)
+    want = np.arange(size).astype(dtype)
+    got = net.bcast_vector(want.copy() if net.is_server else np.zeros(size, dtype))
+    agree(np.array_equal(got, want), got)
+
+
+@pytest.mark.parametrize("limit", [1, 15, 16, 17, 2**30])
+def test_reduce_sum_in_pieces_is_exact(net, agree, monkeypatch, limit):
+    monkeypatch.setattr(comm_module, "MAX_MESSAGE_BYTES", limit)
+    mine = np.array([2**61 - 1, -(2**61), net.rank, 0, 1]) // net.size
+    sums = mine.copy()
+    net.reduce_sum(sums)
+    every = sum(np.array([2**61 - 1, -(2**61), rank, 0, 1]) // net.size for rank in range(net.size))
+    agree(np.array_equal(sums, every if net.is_server else mine), sums)
+
+
+@pytest.mark.parametrize("limit", [1, 10, 12, 2**30])
+def test_gather_rows_in_pieces_with_empty_ranks(net, agree, monkeypatch, limit):
+    monkeypatch.setattr(comm_module, "MAX_MESSAGE_BYTES", limit)
+    rows = np.full((net.rank % 2 * (net.rank + 1), 3), net.rank, np.float32)
+    got = net.gather_rows(rows)
+    want = np.concatenate([np.full((rank % 2 * (rank + 1), 3), rank, np.float32) for rank in range(net.size)])
+    agree(np.array_equal(got, want if net.is_server else np.empty((0, 3))), got)
+
+
+def test_collect_a_sum_with_a_bin_that_only_one_rank_opened(net, agree):
+    sums = FakeSum([np.full(4, net.rank), *([np.full(4, 100)] if net.rank == 1 else [])])
+    mine = [ClientUpdate(10 + net.rank, net.rank, 0.5, 0.1, 1 if net.rank == 1 else 0, STATE)] if net.rank else []
+    recorder = Recorder()
+    net.collect(order(ranks=range(1, net.size)), LocalWork(mine, sums), recorder)
+    if net.is_server:
+        total = sum(range(net.size))
+        ok = [s.tolist() for s in sums.sums] == [[total] * 4, [100 if net.size > 1 else 0] * 4][: len(sums.sums)]
+        ok &= [len(payload) for _, payload in recorder.updates.values()] == [0] + [1] * (net.size - 1)
+        ok &= all(code is MessageCode.GRADIENT_UPDATE for code, _ in recorder.updates.values())
+        ok &= recorder.updates[1][1][0].bin_idx == 1
+        ok &= np.array_equal(recorder.updates[1][1][0].integer_state, STATE)
+        agree(ok, (sums.sums, recorder.updates))
+    else:
+        agree(not recorder.updates, recorder.updates)
+
+
+def test_collect_rows_in_blocks_of_bounded_size(net, agree, monkeypatch):
+    monkeypatch.setattr(comm_module, "BLOCK_BYTES", 4 * 2 * (net.size - 1))  # two columns at a time
+    rows = [np.arange(5, dtype=np.float32) + 10 * net.rank] if net.rank else []
+    mine = [ClientUpdate(10 + net.rank, 1, 0.5, 0.1, 0, STATE)] if net.rank else []
+    recorder = Recorder()
+    net.collect(order(ranks=range(1, net.size), rows=1), LocalWork(mine, rows=rows), recorder)
+    if not net.is_server:
+        agree(not recorder.blocks, recorder.blocks)
+        return
+    columns = [(c.start, c.stop) for c, _ in recorder.blocks]
+    whole = np.concatenate([block for _, block in recorder.blocks], 1)
+    want = np.stack([np.arange(5) + 10 * rank for rank in range(1, net.size)])
+    agree(columns == [(0, 2), (2, 4), (4, 5)] and np.array_equal(whole, want), (columns, whole))
+
+
+def test_collect_metrics_are_summed(net, agree):
+    work = LocalWork(metrics=np.array([1, net.rank, 2, 0]))
+    net.collect(order(MessageCode.EVALUATE_PARAMS), work, Recorder())
+    agree(not net.is_server or work.metrics.tolist() == [net.size, sum(range(net.size)), 2 * net.size, 0], work.metrics)
+
+
+def test_on_root_shares_results_and_mistakes(net, agree):
+    agree(net.on_root(lambda: net.rank + 40) == 40)
+    kept = net.on_root(lambda: "kept", share=False)
+    agree(kept == ("kept" if net.is_server else None), kept)
+    with pytest.raises(ConfigError, match="the mistake") as caught:
+        net.on_root(_raise_config_error)
+    agree(caught.value.everywhere)
+
+
+def _raise_config_error():
+    raise ConfigError("the mistake")
+
+
+def test_on_all_raises_the_error_of_one_rank_on_all_and_names_it(net):
+    def fail_on_last():
+        if net.rank == net.size - 1:
+            raise ConfigError("only here")
+
+    with pytest.raises(ConfigError, match=rf"only here \(rank {net.size - 1} of {net.size}\)"):
+        net.on_all(fail_on_last)
+
+
+def test_on_all_says_an_error_of_all_ranks_once(net):
+    with pytest.raises(ConfigError, match=r"^the mistake$"):
+        net.on_all(_raise_config_error)
+
+
+def test_a_fact_that_differs_names_ranks_and_values(net):
+    facts = {"torch version": "2.2" if net.rank == 1 else "2.4", "parameter count": 10}
+    with pytest.raises(DisagreementError, match=r"torch version is 2\.4 on rank.* 0.* but 2\.2 on rank 1$"):
+        net.require_same(facts)
+    net.require_same({"parameter count": 10})
+
+
+def test_ranks_of_node_need_no_name(net, agree, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "no_such-host")
+    agree(net.ranks_of_node() == list(range(net.size)), net.ranks_of_node())
+
+
+def test_no_other_communicator_meets_our_messages(net, agree):
+    """A user's own traffic on the world does not disturb a round, and the other way round."""
+    from mpi4py import MPI
+
+    request = MPI.COMM_WORLD.Ibarrier()
+    largest = net.max_of(net.rank)
+    request.Wait()
+    agree(largest == net.size - 1, largest)
+
+
+def test_only_one_rank_of_a_node_claims_the_last_words(net, agree):
+    from fedmpi.core.comm import PackageProcessor
+
+    own = PackageProcessor()
+    claims = sum(net.on_every_rank(own.claim_last_words()))
+    agree(claims == 1, claims)

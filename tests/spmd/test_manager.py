@@ -1,0 +1,284 @@
+"""The round loop of the page's own parts, on however many ranks there are."""
+
+from __future__ import annotations
+
+import logging
+
+import mpi4py.MPI
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedmpi import Aggregators, ClientPassiveManager, ClientSGDTrainer, ServerManager, SyncParameterServerHandler
+from fedmpi.core.errors import ConfigError, DisagreementError
+from fedmpi.core.evaluate import Evaluator
+
+NUM_CLIENTS = 7
+
+
+class Toy(nn.Module):
+    """One linear layer, dropout and a BatchNorm: weights, statistics, an integer buffer and random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def client_set(client_id):
+    rng = np.random.default_rng(client_id)
+    size = 4 + 2 * client_id
+    x = torch.from_numpy(rng.normal(size=(size, 3)).astype(np.float32))
+    return torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+
+
+def loader_of(client_id):
+    return torch.utils.data.DataLoader(client_set(client_id), batch_size=4, shuffle=True)
+
+
+def toy_trainer(loaders=loader_of, momentum=0.9):
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    return ClientSGDTrainer(model, loaders, 2, optimizer, nn.CrossEntropyLoss())
+
+
+class Recorder:
+    def __init__(self):
+        self.records, self.ended = [], 0
+
+    def on_round(self, record):
+        self.records.append(record)
+
+    def on_end(self, handler):
+        self.ended += 1
+
+
+def toy_evaluator():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1234, 3)).astype(np.float32))
+    return Evaluator(len(x), lambda start, stop: (x[start:stop], (x[start:stop, 0] > 0).long()))
+
+
+def train(net, handler_class=SyncParameterServerHandler, make_trainer=toy_trainer, facts=None, **options):
+    """One job; the final vector and the records, on every rank."""
+    recorder = Recorder()
+    local = ClientPassiveManager(net, make_trainer(), toy_evaluator(), facts) if not net.is_server or net.size == 1 else None
+    if net.is_server:
+        eval_every, collect = options.pop("eval_every", 0), options.pop("collect", "auto")
+        options = {"num_clients": NUM_CLIENTS, "cohort_size": 5, "rounds": 3, "seed": 11, **options}
+        handler = handler_class(Toy(), **options)
+        manager = ServerManager(net, handler, local, eval_every=eval_every, collect=collect, observers=[recorder], facts=facts)
+        code = manager.run()
+        result = handler.model_parameters.numpy().tobytes(), recorder.records, recorder.ended, handler.integer_state()
+    else:
+        code, result = local.run(), None
+    return code, *net.on_root(lambda: result)
+
+
+def without_timings(records):
+    return [{**vars(record), "timings": None} for record in records]
+
+
+@pytest.fixture
+def alone():
+    """The same job on this rank alone, as the reference."""
+    from fedmpi.core.comm import PackageProcessor
+
+    return PackageProcessor(mpi4py.MPI.COMM_SELF)
+
+
+def test_the_result_is_that_of_one_rank_alone(net, alone, agree):
+    code, bits, records, ended, state = train(net, eval_every=2)
+    code_alone, bits_alone, records_alone, _, state_alone = train(alone, eval_every=2)
+    agree(code == code_alone == 0 and ended == 1)
+    agree(bits == bits_alone)
+    agree(without_timings(records) == without_timings(records_alone), records)
+    agree([record.accuracy is not None for record in records] == [False, True, True], "evaluated after 2 and the last")
+    agree(np.array_equal(state, state_alone) and state[0] > 0, state)
+
+
+def test_gather_gives_the_bits_of_reduce(net, agree, monkeypatch):
+    from fedmpi.core import comm
+
+    _, summed, *_ = train(net, collect="reduce")
+    monkeypatch.setattr(comm, "BLOCK_BYTES", 200)
+    _, gathered, *_ = train(net, collect="gather")
+    agree(summed == gathered)
+
+
+class WholeMean(SyncParameterServerHandler):
+    """FedAvg once more, over whole vectors, by the inherited method."""
+
+    def update_model(self, model_parameters_list):
+        super().update_model(model_parameters_list)
+
+
+class Median(SyncParameterServerHandler):
+    def update_model(self, model_parameters_list):
+        assert len(model_parameters_list) == len(self.cohort)
+        self.model_parameters.copy_(Aggregators.median_aggregate(model_parameters_list))
+
+
+class BlockMedian(SyncParameterServerHandler):
+    def aggregate(self, rows, reference):
+        assert reference.shape == rows.shape[1:]
+        return Aggregators.median_aggregate(rows)
+
+
+def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agree, monkeypatch):
+    from fedmpi.core import comm
+
+    monkeypatch.setattr(comm, "BLOCK_BYTES", 200)
+    _, by_hand, *_ = train(net, WholeMean)
+    _, summed, *_ = train(net)
+    agree(by_hand == summed)
+
+
+def test_a_median_over_vectors_and_over_blocks_is_the_same_on_any_ranks(net, alone, agree, monkeypatch):
+    from fedmpi.core import comm
+
+    _, whole, *_ = train(net, Median)
+    monkeypatch.setattr(comm, "BLOCK_BYTES", 200)
+    _, blocks, *_ = train(net, BlockMedian)
+    _, single, *_ = train(alone, Median)
+    _, mean, *_ = train(net)
+    agree(whole == blocks == single != mean)
+
+
+def test_reduce_is_refused_for_a_handler_that_needs_rows(net):
+    if net.is_server:
+        with pytest.raises(ConfigError, match="--collect reduce sums updates on the way, but Median needs each one"):
+            ServerManager(net, Median(Toy(), NUM_CLIENTS), collect="reduce")
+
+
+def test_rank_is_client_plus_one(net, agree):
+    """Each trainer rank brings one loader of its own; everybody trains every round."""
+    num_clients = net.num_trainers
+    seen = []
+
+    class Watched(ClientSGDTrainer):
+        def train(self, model_parameters, epochs=None):
+            seen.append(self.client_id)
+            super().train(model_parameters, epochs)
+
+    def make():
+        model = Toy()
+        return Watched(model, loader_of(max(0, net.rank - 1)), 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())  # fmt: skip
+
+    code, bits, records, *_ = train(net, make_trainer=make, num_clients=num_clients, cohort_size=num_clients)
+    want = [] if net.is_server and net.size > 1 else [max(0, net.rank - 1)] * 3
+    agree(code == 0 and seen == want, seen)
+    agree(records[0].num_samples == sum(len(client_set(k)) for k in range(num_clients)))
+    _, any_rank, *_ = train(net, num_clients=num_clients, cohort_size=num_clients, make_trainer=lambda: one_epoch())
+    agree(bits == any_rank, "a loader of one's own and a function of the client give the same")
+
+
+def one_epoch():
+    model = Toy()
+    return ClientSGDTrainer(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+
+
+def test_single_loaders_refuse_another_number_of_clients(net):
+    def make():
+        model = Toy()
+        return ClientSGDTrainer(model, loader_of(0), 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+
+    with pytest.raises(ConfigError, match=rf"want 9 trainer ranks \(mpirun -n 10\), got {net.num_trainers}"):
+        train(net, make_trainer=make, num_clients=9)
+
+
+def test_other_models_on_other_ranks_are_refused_before_round_0(net):
+    def make():
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        return ClientSGDTrainer(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+
+    with pytest.raises(DisagreementError, match=r"parameter count is 42 on rank 0 but 32 on rank"):
+        train(net, make_trainer=make)
+
+
+def test_other_options_on_other_ranks_are_refused(net):
+    with pytest.raises(DisagreementError, match=r"options is 0 on rank 0 but 1 on rank"):
+        train(net, facts={"options": min(net.rank, 1)})
+
+
+class Exploding(ClientSGDTrainer):
+    def train(self, model_parameters, epochs=None):
+        super().train(model_parameters, epochs)
+        if self.round_idx == 1 and self.client_id in (2, 3):
+            self.model_parameters[3] = float("nan")
+
+
+def test_a_non_finite_update_ends_all_ranks_with_3_and_names_client_and_round(net, agree, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fedmpi"), "propagate", True)
+
+    def make():
+        model = Toy()
+        return Exploding(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+
+    code, _, records, ended, _ = train(net, make_trainer=make, cohort_size=NUM_CLIENTS)
+    agree(code == 3 and len(records) == 1 and ended == 0, (code, records, ended))
+    said = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    agree(not net.is_server or "client 2's model is not finite after training in round 1" in said[0], said)
+
+
+def test_the_round_loop_pickles_nothing(net, agree, monkeypatch):
+    """Between the set-up and EXIT no lower-case call of mpi4py is made."""
+    from fedmpi.core.manager import NetworkManager
+
+    calls: list[str] = []
+    real = net._comm
+
+    class Counting:
+        def __getattr__(self, name):
+            attribute = getattr(real, name)
+            if callable(attribute) and name[0].islower():
+                calls.append(name)
+            return attribute
+
+    def counted_run(manager):
+        manager.setup()
+        monkeypatch.setattr(net, "_comm", Counting())
+        monkeypatch.setattr(manager, "setup", lambda: None)
+        code = original(manager)
+        monkeypatch.setattr(net, "_comm", real)
+        return code
+
+    original = NetworkManager.run
+    monkeypatch.setattr(NetworkManager, "run", counted_run)
+    for collect in ("reduce", "gather"):
+        train(net, eval_every=1, collect=collect)
+    agree(not calls, calls)
+
+
+def test_no_client_starts_from_the_client_before(net, agree):
+    """Scalar w = 1, loss (w - y)^2, lr 0.25, one step; y = 2, 3, 0: clients end at 1.5, 2, 0.5 and the mean is 4/3.
+
+    1.625 would mean that each client started from the one before.
+    """
+
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.w * x
+
+    def loaders(client_id):
+        return [(torch.ones(1), torch.tensor([(2.0, 3.0, 0.0)[client_id]]))]
+
+    def make():
+        model = Scalar()
+        return ClientSGDTrainer(model, loaders, 1, torch.optim.SGD(model.parameters(), 0.25, 0.9), nn.MSELoss())
+
+    local = ClientPassiveManager(net, make()) if not net.is_server or net.size == 1 else None
+    if net.is_server:
+        handler = SyncParameterServerHandler(Scalar(), 3)
+        ServerManager(net, handler, local).run()
+    else:
+        local.run()
+    w = net.on_root(lambda: float(handler.model_parameters))
+    agree(w == pytest.approx(4 / 3, abs=1e-7), w)
