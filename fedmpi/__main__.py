@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from fedmpi.core.ending import say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE
 from fedmpi.launch import main
-from fedmpi.logs import say_error
 
 ALGORITHMS = {"fedavg": ("fedmpi.fedavg:FEDAVG", "federated averaging (McMahan et al. 2017)")}
 

@@ -79,11 +79,13 @@ class Machine:
         device: this rank's.
         threads: CPU threads of every trainer.
         places: (host, device, capability) by rank.
+        warning: one line if this node's ranks want more cores than they have; on its first rank only.
     """
 
     device: torch.device
     threads: int
     places: list[tuple[str, str, str]]
+    warning: str | None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
         manager = net.on_all(
             lambda: _build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])
         )
+        if machine.warning:
+            logger.warning("%s", machine.warning)
         if halves.handler is not None and folder is not None:
             size = len(halves.handler.model_parameters)
             for line in banner(recipe.name, config, machine.places, dataset, partition, size, provenance, folder.path):
@@ -159,8 +163,6 @@ def _find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
     threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
     warning = oversubscription_warning(cores, len(node), threads)
-    if warning and net.rank == node[0]:
-        logger.warning("%s", warning)
 
     def open_own() -> torch.device:
         if net.is_server and net.size > 1:
@@ -171,7 +173,7 @@ def _find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
 
     device = net.on_all(open_own)
     places = net.on_every_rank((host, str(device), capability(device)))
-    return Machine(device, threads, places)
+    return Machine(device, threads, places, warning if net.rank == node[0] else None)
 
 
 def _share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from fedmpi.config import RunConfig, parse
-from fedmpi.core.ending import abort_on_crash
+from fedmpi.core.ending import abort_on_crash, say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
 from fedmpi.core.launcher import missing_mpi_advice, speaks
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
-from fedmpi.logs import say_error, set_up_logging
+from fedmpi.logs import set_up_logging
 
 
 def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:
@@ -63,19 +63,11 @@ def _main(algorithm: str, config_class: type[RunConfig], argv: Sequence[str]) ->
         return _leave(mistake or error)
     set_up_logging(net.rank, config)
     with abort_on_crash(net):
-        try:
-            net.agree(mistake)
-            assert config is not None
-            from fedmpi.job import run_job
+        net.agree(mistake)
+        assert config is not None
+        from fedmpi.job import run_job
 
-            return run_job(net, algorithm, config)
-        except FedmpiError as error:
-            if not error.everywhere:
-                raise
-            if net.is_server:
-                say_error(str(error))
-            net.barrier()  # the message is out before a launcher sees the first exit code
-            return error.exit_code
+        return run_job(net, algorithm, config)
     raise AssertionError("abort_on_crash does not return after a crash")
 
 

@@ -14,12 +14,6 @@ SUMMARY = 25
 """Level of the closing summary: `--quiet` still shows it."""
 
 
-def say_error(message: str) -> None:
-    """One line on standard error, in one write, whatever the terminal can encode."""
-    with contextlib.suppress(OSError):  # nobody reads any more
-        os.write(2, f"fedmpi: error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
-
-
 def set_up_logging(rank: int, config: RunConfig | None) -> None:
     """Rank 0 logs to standard output, warnings to standard error; other ranks only warnings, with their rank before."""
     for stream in (sys.stdout, sys.stderr):

@@ -67,9 +67,7 @@ if UNDER_MPI:
     def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         outcome: Any = yield
         report: pytest.TestReport = outcome.get_result()
-        if report.when == "setup" and report.failed:
-            _tell_others(report)
-        elif report.when == "call":
+        if report.when == "call" or (report.when == "setup" and report.failed):
             _tell_others(report)
 
     def _tell_others(report: pytest.TestReport) -> None:
@@ -93,8 +91,7 @@ if UNDER_MPI:
 
     def _give_up(report: pytest.TestReport, text: str) -> None:
         sys.stderr.write(
-            f"\n{report.nodeid} failed on rank {NET.rank} of {NET.size} while others still wait for it in a collective:\n"
-            f"{text}\n"
+            f"\n{report.nodeid} failed on rank {NET.rank} of {NET.size}, and others wait for it in a collective:\n{text}\n"
         )
         NET.abort(1)
 
@@ -110,7 +107,8 @@ def agree(net: PackageProcessor) -> Callable[[bool, object], None]:
     """Collective. `agree(ok, detail)` fails on every rank, naming those where `ok` is false and their details."""
 
     def agree(ok: bool, detail: object = "") -> None:
-        wrong = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(net.on_every_rank((ok, str(detail)))) if not fine]  # fmt: skip
+        told = enumerate(net.on_every_rank((ok, str(detail))))
+        wrong = [f"rank {rank}: {text}" for rank, (fine, text) in told if not fine]
         if wrong:
             pytest.fail("; ".join(wrong), pytrace=False)
 

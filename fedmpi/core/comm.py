@@ -31,6 +31,7 @@ from fedmpi.core.messages import (
     update_dtype,
 )
 
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 mpi4py.rc.initialize = False  # first see whether the launcher belongs to the library: some pairs die in MPI_Init
 mpi4py.rc.finalize = True
 from mpi4py import MPI  # noqa: E402  # the settings above must come first
@@ -180,6 +181,10 @@ class PackageProcessor:
         """Collective. Returns when all ranks are here."""
         self._wait(self._comm.Ibarrier())
 
+    def try_barrier(self, patience_s: float | None) -> bool:
+        """Collective. Whether all ranks are here within `patience_s` (None: wait for ever). After False, abort."""
+        return self._wait(self._comm.Ibarrier(), patience_s)
+
     # The set-up and the end: collective too, but pickled, and errors are alike on all ranks.
 
     def on_root(self, work: Callable[[], T], share: bool = True) -> T:
@@ -311,15 +316,18 @@ class PackageProcessor:
             for start, count, begin in zip(starts + offset, counts, begins, strict=True):
                 arrived[start : start + count] = target[begin : begin + count]
 
-    def _wait(self, request: MPI.Request) -> None:
-        sleep_s = _FIRST_SLEEP_S
+    def _wait(self, request: MPI.Request, patience_s: float | None = None) -> bool:
         for _ in range(_POLLS):
             if request.Test():
-                return
+                return True
             os.sched_yield()
+        sleep_s, started = _FIRST_SLEEP_S, time.monotonic()
         while not request.Test():
+            if patience_s is not None and time.monotonic() - started > patience_s:
+                return False
             time.sleep(sleep_s)
             sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S)
+        return True
 
     def _count(self, num_bytes: int) -> None:
         if self.size > 1:

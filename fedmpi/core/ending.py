@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import traceback
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
 def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
     """Around all a rank does: whatever ends one rank ends the job, at once, with a true exit code and one message.
 
-    An error that every rank raised alike (through `on_root` or `agree`) passes through: each rank exits by itself.
+    An error that every rank raised alike (through `on_root` or `agree`) is told by rank 0; each rank exits by itself.
+
+    Raises:
+        SystemExit: with the error's exit code, in that case.
     """
     try:
         yield
     except FedmpiError as error:
         if error.everywhere:
-            raise
+            if net.is_server:
+                say_error(str(error))
+            net.barrier()  # the message is out before a launcher sees the first exit code
+            raise SystemExit(error.exit_code) from None
         _last_words(net, str(error))
         net.abort(error.exit_code)
     except KeyboardInterrupt:
@@ -36,6 +43,12 @@ def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
     except BaseException:  # noqa: BLE001  # the one place: a crash of any kind must not leave the others waiting
         _last_words(net, f"crashed\n{traceback.format_exc().rstrip()}")
         net.abort(EXIT_CRASH)
+
+
+def say_error(message: str) -> None:
+    """One line on standard error, in one write, whatever the terminal can encode."""
+    with contextlib.suppress(OSError):  # nobody reads any more
+        os.write(2, f"fedmpi: error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
 
 
 def _last_words(net: PackageProcessor, message: str) -> None:

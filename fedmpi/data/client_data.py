@@ -44,8 +44,8 @@ def normalised(
     dataset: Dataset, split: Split, indices: NDArray[np.int64] | slice, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Samples `indices` of `split` on `device`: (x / 255 - mean) / std for uint8, (x - mean) / std for float32."""
-    raw = torch.from_numpy(np.ascontiguousarray(split.x[indices]))
-    labels = torch.from_numpy(np.ascontiguousarray(split.y[indices]))
+    raw = torch.from_numpy(np.require(split.x[indices], requirements=["C", "W"]))
+    labels = torch.from_numpy(np.require(split.y[indices], requirements=["C", "W"]))
     if device.type == "cuda":
         raw, labels = raw.pin_memory(), labels.pin_memory()
     inputs = raw.to(device, non_blocking=True).to(torch.float32)

@@ -50,7 +50,10 @@ class RunFolder:
                 raise
 
     def begin(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
-        """Write config.yaml (without --run-dir, so that it starts another run) and an empty history; the history of a run that did not finish is put aside."""
+        """Write config.yaml (without --run-dir, so that it starts another run) and an empty history.
+
+        The history of a run that did not finish is put aside.
+        """
         history = self.path / HISTORY
         if history.exists() and history.stat().st_size:
             old = history.with_name(f"history-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")

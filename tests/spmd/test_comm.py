@@ -44,9 +44,10 @@ class FakeSum:
 def test_an_order_arrives_as_it_was_sent(net, agree):
     sent = order(ranks=(1, 2, 1))
     got = net.bcast_order(sent if net.is_server else None)
-    same = all(
-        np.array_equal(getattr(sent, name), getattr(got, name)) for name in sent.__dataclass_fields__
-    ) and got.code is MessageCode.PARAMETER_UPDATE
+    same = (
+        all(np.array_equal(getattr(sent, name), getattr(got, name)) for name in sent.__dataclass_fields__)
+        and got.code is MessageCode.PARAMETER_UPDATE
+    )
     agree(same, got)
 
 

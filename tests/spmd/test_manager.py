@@ -65,12 +65,18 @@ def toy_evaluator():
 def train(net, handler_class=SyncParameterServerHandler, make_trainer=toy_trainer, facts=None, **options):
     """One job; the final vector and the records, on every rank."""
     recorder = Recorder()
-    local = ClientPassiveManager(net, make_trainer(), toy_evaluator(), facts) if not net.is_server or net.size == 1 else None
+    local = (
+        ClientPassiveManager(net, make_trainer(), toy_evaluator(), facts)
+        if not net.is_server or net.size == 1
+        else None
+    )
     if net.is_server:
         eval_every, collect = options.pop("eval_every", 0), options.pop("collect", "auto")
         options = {"num_clients": NUM_CLIENTS, "cohort_size": 5, "rounds": 3, "seed": 11, **options}
         handler = handler_class(Toy(), **options)
-        manager = ServerManager(net, handler, local, eval_every=eval_every, collect=collect, observers=[recorder], facts=facts)
+        manager = ServerManager(
+            net, handler, local, eval_every=eval_every, collect=collect, observers=[recorder], facts=facts
+        )
         code = manager.run()
         result = handler.model_parameters.numpy().tobytes(), recorder.records, recorder.ended, handler.integer_state()
     else:
