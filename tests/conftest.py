@@ -38,6 +38,7 @@ if UNDER_MPI:
     from fedmpi.core.comm import PackageProcessor
 
     NET = PackageProcessor()
+    REPORTS = PackageProcessor()  # apart from NET, whose collectives a failed test may leave half done
 
 
 @pytest.hookimpl(trylast=True)
@@ -77,7 +78,7 @@ if UNDER_MPI:
             _give_up(report, mine)
         elif not report.failed:
             _all_arrive(None)
-        told = NET.on_every_rank(mine)
+        told = REPORTS.on_every_rank(mine)
         failed = [rank for rank, text in enumerate(told) if text]
         if failed:
             report.outcome = "failed"
@@ -87,13 +88,13 @@ if UNDER_MPI:
 
     def _all_arrive(patience_s: float | None) -> bool:
         """Collective. Whether all ranks come to the end of this test within `patience_s`."""
-        return NET.try_barrier(patience_s)
+        return REPORTS.try_barrier(patience_s)
 
     def _give_up(report: pytest.TestReport, text: str) -> None:
         sys.stderr.write(
-            f"\n{report.nodeid} failed on rank {NET.rank} of {NET.size}, and others wait for it in a collective:\n{text}\n"
+            f"\n{report.nodeid} failed on rank {NET.rank} of {NET.size}; others wait for it in a collective:\n{text}\n"
         )
-        NET.abort(1)
+        REPORTS.abort(1)
 
 
 @pytest.fixture
