@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -70,7 +71,9 @@ class PackageProcessor:
         library = MPI.Get_library_version()
         if not MPI.Is_initialized():
             check_launcher(library, None)
-            MPI.Init_thread(MPI.THREAD_FUNNELED)  # only the main thread talks to MPI
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, on what is checked and refused below
+                MPI.Init_thread(MPI.THREAD_FUNNELED)  # only the main thread talks to MPI
         check_launcher(library, MPI.COMM_WORLD.Get_size())
         self._comm = (comm or MPI.COMM_WORLD).Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)

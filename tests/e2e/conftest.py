@@ -29,16 +29,16 @@ def mpiexec() -> str:
     return str(beside) if beside.exists() else shutil.which("mpiexec") or "mpiexec"
 
 
-def clean_environment(**extra: str) -> dict[str, str]:
-    """This process's, without what a launcher or Slurm may have left in it; as root Open MPI wants to be asked."""
+def clean_environment(extra: dict[str, str]) -> dict[str, str]:
+    """This process's and `extra`, without what a launcher or Slurm left in it; as root Open MPI wants to be asked."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_COMM", "SLURM"))}
     open_mpi = {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH", "")]))
-    return {**open_mpi, **kept, "PYTHONPATH": path, **extra}
+    path = os.pathsep.join(filter(None, [extra.get("PYTHONPATH"), str(ROOT), kept.get("PYTHONPATH")]))
+    return {**open_mpi, **kept, **extra, "PYTHONPATH": path}
 
 
 @dataclasses.dataclass
@@ -142,7 +142,7 @@ def start(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Job]]:
         command = [*words, python, *program, *args]
         if "--run-dir" not in args and program == ("-m", "fedmpi.fedavg"):
             command += ["--run-dir", str(run_dir)]
-        environment = clean_environment(FEDMPI_DATA=str(data_dir), **(env or {}))
+        environment = clean_environment({"FEDMPI_DATA": str(data_dir), **(env or {})})
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
             encoding="utf-8", errors="replace", env=environment, cwd=cwd, start_new_session=True,

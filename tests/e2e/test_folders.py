@@ -1,0 +1,130 @@
+"""Run folders and data folders: many jobs at once, read-only, unfinished, finished."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import yaml
+
+from tests.e2e.conftest import SMALL
+
+
+def test_three_jobs_of_one_second_get_three_folders(start, tmp_path):
+    jobs = [start(2, "fedavg", *SMALL, program=("-m", "fedmpi")) for _ in range(3)]
+    results = [job.end() for job in jobs]
+    assert [result.code for result in results] == [0, 0, 0], [result.text for result in results]
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 3
+    assert all((folder / "model.pt").exists() for folder in folders)
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_owner_is_not(start, job):
+    busy = start(2, *SMALL, "--rounds", "100000")
+    busy.wait_for_round(1)
+    second = job(2, *SMALL)
+    assert second.code == 2
+    assert "in use by" in second.errors[0]
+    for pid in busy.ranks():
+        os.kill(pid, 9)
+    assert busy.end(30).code != 0
+    third = job(2, *SMALL)
+    assert third.code == 0, third.text
+    assert "did not finish: starting over" in third.err
+    assert len(third.history()) == 3
+
+
+def test_a_finished_run_is_left_alone(job):
+    first = job(2, *SMALL)
+    before = {path.name: path.stat().st_mtime_ns for path in first.run_dir.iterdir()}
+    again = job(3, *SMALL)
+    assert again.code == 0
+    assert "nothing to do" in again.out
+    assert {path.name: path.stat().st_mtime_ns for path in first.run_dir.iterdir()} == before
+    other = job(2, *SMALL, "--client-lr", "0.5")
+    assert other.code == 2
+    assert "--client-lr 0.1" in other.errors[0]
+
+
+def test_the_model_is_a_plain_state_dict(job):
+    import torch
+
+    from fedmpi.models import build_model
+
+    result = job(2, *SMALL)
+    state = torch.load(result.run_dir / "model.pt", weights_only=True)
+    build_model("2nn", (1, 28, 28), 10).load_state_dict(state, strict=True)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in state.values()) == 199_210 * 4
+
+
+def test_a_run_folder_that_cannot_be_made(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = job(3, *SMALL, "--run-dir", str(tmp_path / "file" / "run"))
+    assert result.code == 2
+    assert len(result.errors) == 1
+    assert "--run-dir" in result.errors[0]
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "history.jsonl"])
+def test_a_full_disk_at_the_start(job, tmp_path, file):
+    """As the kernel says it: ENOSPC when the file's data are written."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, io, os, pathlib\n"
+        "real = pathlib.Path.open\n"
+        "def full(self, *args, **kwargs):\n"
+        f"    if {file!r} in self.name and args and args[0] not in ('r', 'rb'):\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    return real(self, *args, **kwargs)\n"
+        "pathlib.Path.open = full\n"
+    )
+    result = job(3, *SMALL, env={"PYTHONPATH": str(tmp_path)})
+    assert result.code == 2, result.text
+    assert len(result.errors) == 1, result.text
+    assert "No space left on device" in result.errors[0]
+    assert file in result.errors[0]
+
+
+def test_a_data_folder_that_cannot_be_written_needs_no_writing(job, data_dir, tmp_path):
+    """A split that cannot be kept is used all the same, with one warning."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, os\n"
+        f"guarded = {str(data_dir)!r}\n"
+        "real = os.open\n"
+        "def read_only(path, flags, *args, **kwargs):\n"
+        "    if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(guarded):\n"
+        "        raise OSError(errno.EROFS, 'Read-only file system')\n"
+        "    return real(path, flags, *args, **kwargs)\n"
+        "os.open = read_only\n"
+        "real_mkdir = os.mkdir\n"
+        "def mkdir(path, *args, **kwargs):\n"
+        "    if str(path).startswith(guarded):\n"
+        "        raise OSError(errno.EROFS, 'Read-only file system')\n"
+        "    return real_mkdir(path, *args, **kwargs)\n"
+        "os.mkdir = mkdir\n"
+    )
+    args = (*SMALL, "--partition-seed", "77")
+    kept_nowhere = job(3, *args, env={"PYTHONPATH": str(tmp_path)}, name="a")
+    assert kept_nowhere.code == 0, kept_nowhere.text
+    written = job(3, *args, name="b")
+    assert kept_nowhere.bits() == written.bits()
+
+
+def test_locks_of_the_kernel_are_not_needed(start, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, fcntl\n"
+        "def no_locks(*args):\n"
+        "    raise OSError(errno.ENOLCK, 'No locks available')\n"
+        "fcntl.flock = fcntl.lockf = no_locks\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path), "FEDMPI_DATA": str(tmp_path / "empty")}
+    jobs = [start(2, *SMALL, env=env, name=f"j{i}") for i in range(3)]
+    results = [job.end() for job in jobs]
+    assert [result.code for result in results] == [0, 0, 0], [result.text for result in results]
+    assert len({result.bits() for result in results}) == 1
+    assert not [path for path in (tmp_path / "empty").rglob("*") if "lock" in path.name or path.name.endswith(".tmp")]
+
+
+def test_a_folder_name_with_letters_of_any_language(job, tmp_path):
+    result = job(2, *SMALL, "--run-dir", str(tmp_path / "Läufe ü"))
+    assert result.code == 0, result.text
+    assert yaml.safe_load((tmp_path / "Läufe ü" / "config.yaml").read_text(encoding="utf-8"))["rounds"] == 3
