@@ -70,7 +70,8 @@ def _flat_copies(value: dict[Any, Any], size_bytes: int) -> Partition:
     ends = np.cumsum([0, *sizes]).tolist()
     if ends[-1] > size_bytes:  # one array under many ids: a small file that would fill the memory
         raise PartitionError("it holds more indices than bytes: some are shared between clients")
-    if all(type(indices) is IntArray and indices.dtype == np.int64 for indices in value.values()):
+    arrays = {type(indices) for indices in value.values()} == {IntArray}
+    if arrays and {indices.dtype for indices in value.values()} == {np.dtype(np.int64)}:
         flat = np.frombuffer(bytearray().join(indices.content for indices in value.values()), np.int64)
     else:
         flat = np.concatenate([np.empty(0, np.int64), *(_as_int64(*item) for item in value.items())])

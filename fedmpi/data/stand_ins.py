@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+_INT64: np.dtype[Any] = np.dtype(np.int64)
+
 
 class IntArray:
     """An array of integers on its way out of a pickle: so far only the bytes and how to look at them."""
@@ -17,7 +19,7 @@ class IntArray:
 
     def __init__(self) -> None:
         self.content: bytes | bytearray = b""
-        self.dtype: np.dtype[Any] = np.dtype(np.int64)
+        self.dtype: np.dtype[Any] = _INT64
         self.shape: tuple[int, ...] = (0,)
         self.order: Literal["C", "F"] = "C"
 
@@ -28,6 +30,10 @@ class IntArray:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
+        plain = type(content) is bytes and type(dtype) is _IntType and type(shape) is tuple and len(shape) == 1
+        if plain and type(shape[0]) is int and shape[0] * dtype.itemsize == len(content):  # nearly all of a split's
+            self.content, self.dtype, self.shape = content, dtype.dtype, shape
+            return
         self.fill(content, dtype, shape, "F" if fortran else "C")
 
     def fill(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
@@ -49,10 +55,11 @@ class IntArray:
 class _IntType:
     """A NumPy dtype on its way out: an integer type, nothing else."""
 
-    __slots__ = ("dtype",)
+    __slots__ = ("dtype", "itemsize")
 
     def __init__(self, code: str) -> None:
         self.dtype = np.dtype(code)
+        self.itemsize = self.dtype.itemsize
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):

@@ -89,9 +89,8 @@ def test_a_launcher_of_another_mpi_is_refused_in_one_line(start):
 
     mpich = library_version().startswith("MPICH")
     names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK") if mpich else ("PMI_SIZE", "PMI_RANK")
-    jobs = [
-        start(1, *SMALL, launcher=(), env={names[0]: "3", names[1]: str(rank), "MPI_LOCALNRANKS": "3"}) for rank in range(3)
-    ]
+    told = [{names[0]: "3", names[1]: str(rank), "MPI_LOCALNRANKS": "3"} for rank in range(3)]
+    jobs = [start(1, *SMALL, launcher=(), env=env) for env in told]
     results = [job.end(30) for job in jobs]
     lines = [line for result in results for line in result.text.splitlines()]
     assert len(lines) == 1, lines

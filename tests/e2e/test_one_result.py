@@ -44,7 +44,7 @@ def test_same_bits_under_hash_seeds_that_differ_per_rank(job, reference, tmp_pat
 
     program = [sys.executable, "-m", "fedmpi.fedavg", *SMALL, "--run-dir", str(tmp_path / "run")]
     parts = [["-n", "1", "env", f"PYTHONHASHSEED={seed}", *program] for seed in (1, 2, 3)]
-    launcher = (mpiexec(), *parts[0], ":", *parts[1], ":", *parts[2][:-len(program)])
+    launcher = (mpiexec(), *parts[0], ":", *parts[1], ":", *parts[2][: -len(program)])
     result = job(0, *program[3:], launcher=launcher, python=sys.executable)
     assert result.code == 0, result.text
     assert result.bits() == reference.setdefault("bits", result.bits())

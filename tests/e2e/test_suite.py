@@ -12,7 +12,7 @@ from tests.e2e.conftest import ROOT
 @pytest.fixture
 def suite(job, tmp_path):
     """`suite(text)` runs a copy of the suite whose spmd part is `text`, on three ranks."""
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=lambda _, names: [n for n in names if n.startswith("test_")])
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("test_*"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
 
     def suite(text: str):

@@ -172,7 +172,8 @@ def test_rank_is_client_plus_one(net, agree):
 
     def make():
         model = Toy()
-        return Watched(model, loader_of(max(0, net.rank - 1)), 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return Watched(model, loader_of(max(0, net.rank - 1)), 1, optimizer, nn.CrossEntropyLoss())
 
     code, bits, records, *_ = train(net, make_trainer=make, num_clients=num_clients, cohort_size=num_clients)
     want = [] if net.is_server and net.size > 1 else [max(0, net.rank - 1)] * 3

@@ -1,0 +1,67 @@
+"""Placement of clients: complete, by the pinned rules, and within Graham's bound."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmpi.core.schedule import CLIENT_BASE_SAMPLES, place
+
+sizes = st.lists(st.integers(0, 60_000), min_size=1, max_size=60)
+
+
+@given(sizes, st.integers(1, 12))
+def test_every_client_has_one_trainer_and_loads_are_within_the_bound(num_samples: list[int], num_trainers: int) -> None:
+    cohort = np.arange(len(num_samples), dtype=np.int64) * 3
+    trainers = place(cohort, np.array(num_samples), num_trainers, 10_000)
+    assert trainers.shape == cohort.shape
+    assert trainers.dtype == np.int64
+    assert set(trainers.tolist()) <= set(range(num_trainers))
+    costs = np.array(num_samples) + CLIENT_BASE_SAMPLES
+    loads = np.bincount(trainers, weights=costs, minlength=num_trainers)
+    assert loads.sum() == costs.sum()
+    assert loads.max() - loads.min() <= costs.max()
+    if len(cohort) != num_trainers:
+        best_possible = max(costs.sum() / num_trainers, costs.max())
+        assert loads.max() <= (4 / 3 - 1 / (3 * num_trainers)) * max(best_possible, _two_smallest(costs, num_trainers))
+
+
+def _two_smallest(costs: np.ndarray, num_trainers: int) -> float:
+    """With more clients than trainers two of the first T + 1 share a trainer, in any placement."""
+    if len(costs) <= num_trainers:
+        return 0.0
+    largest = np.sort(costs)[::-1]
+    return float(largest[num_trainers - 1] + largest[num_trainers])
+
+
+def test_the_costliest_goes_first_to_the_least_loaded() -> None:
+    """Costs 120, 70, 60, 50, 40 on two trainers: 120 | 70, 60 | and then 50 beside 120, 40 beside 130: 170 and 170."""
+    cohort = np.array([1, 2, 3, 4, 5])
+    assert place(cohort, np.array([20, 100, 40, 50, 30]), 2, 100).tolist() == [1, 0, 1, 1, 0]
+
+
+def test_as_many_clients_in_all_as_trainers_pins_client_k_to_trainer_k() -> None:
+    cohort = np.array([1, 2, 6])
+    placed = place(cohort, np.array([5, 500, 50]), 7, 7)
+    assert placed.tolist() == [1, 2, 6]
+    placed[0] = 3
+    assert cohort[0] == 1, "a copy"
+
+
+def test_a_cohort_of_as_many_clients_as_trainers_is_placed_in_order() -> None:
+    assert place(np.array([4, 40, 44]), np.array([1, 3, 2]), 3, 100).tolist() == [0, 1, 2]
+
+
+def test_one_trainer_takes_all() -> None:
+    assert place(np.arange(5), np.arange(5), 1, 100).tolist() == [0] * 5
+
+
+def test_equal_clients_spread_evenly() -> None:
+    for num_trainers in (2, 3, 5, 10):
+        trainers = place(np.arange(30), np.full(30, 600), num_trainers, 100)
+        assert set(np.bincount(trainers, minlength=num_trainers)) == {30 // num_trainers}
+
+
+def test_more_trainers_than_clients_leaves_some_idle() -> None:
+    assert sorted(place(np.array([3, 9]), np.array([10, 10]), 5, 100)) == [0, 1]
