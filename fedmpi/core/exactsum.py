@@ -3,12 +3,15 @@
 Client k adds round(n_k * (w_k - w) * 2^s) as int64. Integer addition is associative: any placement of clients, any
 order of arrival and any MPI reduction gives the same bits. `s` is known before the round starts; it is the largest with
 which, for |w_k - w| < 2^7, no single term passes 2^51 and no sum passes 2^62. A client whose update reaches 2^7
-puts its whole vector into a coarser bin (each 2^40 times coarser, each an exact sum of its own); which bin depends on
-that client alone. In bin 0 the mean is off by at most 2^-43 * (largest weight / mean weight).
+puts its whole vector into a coarser bin (each 2^40 times coarser, each an exact sum of its own), and what that bin
+rounds away into the next finer one, down to bin 0; where it starts depends on that client alone.
+
+The mean is off by at most 2^-43 * (largest weight / mean weight), or by K * 2^-53 where that is more, plus 2^-50 of the
+cohort's largest |w_k - w|.
 
 Source: pre-rounded reproducible summation, Demmel and Nguyen, "Fast reproducible floating-point summation", 2013.
 
-Shapes: P vector entries.
+Shapes: P vector entries, K clients in the sum.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _RANGE_BITS = 7  # |w_k - w| below 2^7 goes to bin 0
-_BIN_BITS = 40  # bin j holds updates below 2^(7 + 40 j)
+_BIN_BITS = 40  # bin j takes updates below 2^(7 + 40 j)
 _MAGIC = 1.5 * 2.0**52  # x + _MAGIC has the integer nearest to x in its low mantissa bits, for |x| <= 2^51
 _MAGIC_BITS = 0x4338_0000_0000_0000  # the bits of _MAGIC itself
 
@@ -73,9 +76,12 @@ class ExactSum:
             bin_idx = _bin_of(self._term)
             if bin_idx is None:
                 return None
-        self._term.mul_(weight * 2.0 ** (self._exponent - _BIN_BITS * bin_idx)).add_(_MAGIC)
-        self._open(bin_idx).add_(self._term.view(torch.int64))
-        self._terms[bin_idx] += 1
+        self._term.mul_(weight * 2.0 ** (self._exponent - _BIN_BITS * bin_idx))
+        for coarse_idx in range(bin_idx, 0, -1):
+            rounded = self._term + _MAGIC
+            self._put(coarse_idx, rounded)
+            self._term.sub_(rounded.sub_(_MAGIC)).mul_(2.0**_BIN_BITS)  # exact: the bits that were rounded away
+        self._put(0, self._term.add_(_MAGIC))
         return bin_idx
 
     def bin_of(self, vector: Tensor) -> int | None:
@@ -97,6 +103,11 @@ class ExactSum:
         for bin_idx in sorted(self._bins):
             total.add_(self._settled(bin_idx).to(torch.float64).mul_(2.0 ** (_BIN_BITS * bin_idx - self._exponent)))
         return total.div_(max(self._weight_total, 1))
+
+    def _put(self, bin_idx: int, shifted: Tensor) -> None:
+        """Add integers that come as float64 with _MAGIC on top."""
+        self._open(bin_idx).add_(shifted.view(torch.int64))
+        self._terms[bin_idx] += 1
 
     def _settled(self, bin_idx: int) -> Tensor:
         bin_sum = self._open(bin_idx)

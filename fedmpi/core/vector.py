@@ -67,14 +67,14 @@ def flatten(model: nn.Module) -> Tensor:
         ModelError: names the tensor that is not float32, or says that nothing is trainable.
     """
     entries = list(_entries(model))
-    if not entries or num_trainable(model) == 0:
-        raise ModelError("the model has no trainable parameter (requires_grad=True)")
     for name, tensor in entries:
         if nn.parameter.is_lazy(tensor):
             raise ModelError(f"{name!r} has no shape yet (a lazy module): run one forward pass in the model's function")
         if tensor.dtype != torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(f"{name!r} is {dtype}; fedmpi trains float32: return model.float()")
+    if num_trainable(model) == 0:
+        raise ModelError("the model has no trainable parameter (requires_grad=True)")
     vector = SerializationTool.serialize_model(model)
     offset = 0
     for _, tensor in entries:
