@@ -164,7 +164,7 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
         raise ConfigError(_one_line(str(error))) from error
     fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]  # as above
-        _check_bounds(f.name, get_type_hints(cls)[f.name], f.metadata["bounds"], fields[f.name])
+        _check_value(f.name, get_type_hints(cls)[f.name], f.metadata["bounds"], fields[f.name])
     parsed = cls(**fields)
     if isinstance(parsed, RunConfig):
         parsed.check()
@@ -221,7 +221,7 @@ def _parser(cls: type[Any], prog: str, description: str) -> Any:
                 _flag(f.name), type=hints[f.name], default=f.default, help=text, metavar=_metavar(hints[f.name])
             )
     groups["Output"] = groups.get("Output") or parser.add_argument_group("Output")
-    groups["Output"].add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it")
+    groups["Output"].add_argument("--config", type=str, metavar="FILE", help="YAML file of options; flags win over it")
     return parser
 
 
@@ -256,6 +256,8 @@ def _read_yaml(path: str) -> dict[str, object]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {path}: wanted a map of option: value, got a {type(values).__name__}")
+    if "config" in values:
+        raise ConfigError(f"--config {path}: a file cannot name another one (config: {values['config']})")
     values.pop(PROVENANCE, None)
     return {key.replace("-", "_"): value for key, value in values.items()}
 
@@ -302,14 +304,19 @@ def _explain(message: str, wanted: Mapping[str, str]) -> str:
     return _one_line(message)
 
 
-def _check_bounds(name: str, hint: Any, bounds: str, value: object) -> None:
-    if not bounds or isinstance(value, bool) or not isinstance(value, int | float):
+def _check_value(name: str, hint: Any, bounds: str, value: object) -> None:
+    """What the parser lets pass: numbers out of bounds, empty text, and in YAML any null and any value for a switch."""
+    kinds = _kinds(hint)
+    if value is None and type(None) in get_args(hint):
         return
-    low, high = (float(text) for text in bounds[1:-1].split(","))
-    above = value > low if bounds[0] == "(" else value >= low
-    below = value < high if bounds[-1] == ")" or math.isinf(high) else value <= high
-    if not (above and below):
-        raise ConfigError(f"{_flag(name)} must be {_wanted(hint, bounds)}, got {value}")
+    wrong = value is None or value == "" or (kinds == [bool] and not isinstance(value, bool))
+    if bounds and isinstance(value, int | float):
+        low, high = (int(text) if text.isdecimal() else float(text) for text in bounds[1:-1].split(", "))
+        above = value > low if bounds[0] == "(" else value >= low
+        below = value < high if bounds[-1] == ")" else value <= high
+        wrong = not (above and below)
+    if wrong:
+        raise ConfigError(f"{_flag(name)} must be {_wanted(hint, bounds)}, got {'nothing' if value == '' else value}")
 
 
 def _one_line(text: str) -> str:
