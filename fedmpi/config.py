@@ -154,11 +154,9 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
 
     parser = _parser(cls, prog, description)
     argv = list(argv)
-    configs = [_read_yaml(path) for path in _pop_config(argv)]
+    config = {name: value for path in _pop_config(argv) for name, value in _read_yaml(path).items()}
     try:
-        values: Namespace = parser.get_defaults()
-        for config in configs:
-            values = parser.parse_object(config, cfg_base=values)
+        values: Namespace = parser.parse_object(config) if config else parser.get_defaults()
         values = parser.parse_args(argv, namespace=values)
     except (TypeError, ValueError) as error:  # jsonargparse's own, from parse_object
         raise ConfigError(_one_line(str(error))) from error

@@ -8,19 +8,21 @@ would steal the core of a rank that trains.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import mpi4py
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import DisagreementError, FedmpiError
-from fedmpi.core.launcher import check_launcher
+from fedmpi.core.errors import DisagreementError, FedmpiError, PeerLostError
+from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import (
     HEADER_SIZE,
     LocalWork,
@@ -47,6 +49,10 @@ MAX_MESSAGE_BYTES = 2**30
 BLOCK_BYTES = 2**24
 """The server holds this much of the cohort's rows at a time, however many clients take part."""
 
+_ABORT_S = 3.0
+_NOBODY, _SAID = -1, -2
+_PEER_CHECK_S = 1.0
+
 _POLLS = 50  # tests before the first sleep: a message that is on its way arrives within these
 _FIRST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
@@ -59,7 +65,8 @@ class PackageProcessor:
         rank: this process, 0 is the server.
         size: all processes.
         bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
-        activity: what this rank is doing, for the message of a crash, e.g. "training client 7 in round 3".
+        activity: what this rank is doing, for the message of a crash, e.g. "client 7, round 3".
+        over: whether the server has sent everybody home, so that this process may end.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
@@ -81,7 +88,9 @@ class PackageProcessor:
         self.size = self._comm.Get_size()
         self.bytes_sent = 0
         self.activity = ""
+        self.over = False
         self._speaker = self._shared_flag()
+        self._peers = self._peers_on_node()
 
     @property
     def is_server(self) -> bool:
@@ -271,31 +280,71 @@ class PackageProcessor:
         self.agree(error)
         return result  # type: ignore[return-value]  # `work` returned it
 
-    def claim_last_words(self) -> bool:
-        """Whether this rank is the one of its node to say why the job ends; the others keep silent. Sends nothing."""
-        if self._speaker[0] == 0:
-            self._speaker[0] = self.rank + 1
-            time.sleep(0.01)  # two ranks may claim in the same instant: the later write wins, and both see who
-        return int(self._speaker[0]) == self.rank + 1
+    def leave(self, exit_code: int) -> int:
+        """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""
+        self.over = True
+        if exit_code:
+            self.barrier()  # the message is out before a launcher sees the first exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it at the first code, and would report 143
+        return exit_code
 
-    def abort(self, exit_code: int) -> None:
-        """End every rank at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+    def last_words(self, message: str) -> None:
+        """Say why the job ends, unless another rank of this node does; returns once it is said. Sends nothing."""
+        if self._speaker[0] == _NOBODY:
+            self._speaker[0] = self.rank
+            time.sleep(0.01)  # two ranks may claim in the same instant: the later write wins, and both see who
+        if self._speaker[0] == self.rank:
+            with contextlib.suppress(OSError):  # nobody reads any more
+                os.write(2, message.encode(errors="backslashreplace"))
+            self._speaker[0] = _SAID
+        end = time.monotonic() + _ABORT_S
+        while self._speaker[0] != _SAID and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End every rank at once; the launcher reports `exit_code`."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed already
+                stream.flush()
+        if abort_through_hydra(exit_code):
+            time.sleep(_ABORT_S)
         self._comm.Abort(exit_code)
+        raise AssertionError("MPI_Abort returned")
 
     def _shared_flag(self) -> NDArray[np.int64]:
-        """Collective. One zeroed integer that the ranks of this node share."""
+        """Collective. One integer that the ranks of this node share: who says why the job ends."""
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         assert isinstance(node, MPI.Intracomm)
         self._window = MPI.Win.Allocate_shared(8 if node.Get_rank() == 0 else 0, 8, comm=node)
         memory, _ = self._window.Shared_query(0)
         flag: NDArray[np.int64] = np.asarray(memory).view(np.int64)[:1]
         if node.Get_rank() == 0:
-            flag[0] = 0
+            flag[0] = _NOBODY
         node.Barrier()
         node.Free()
         return flag
+
+    def _peers_on_node(self) -> dict[int, int]:
+        """Collective. Rank -> process id of this node's other ranks, as far as this process can see them."""
+        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""  # noqa: PTH110, PTH115
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        held = node.allgather((self.rank, os.getpid(), namespace))
+        node.Free()
+        return {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
+
+    def _check_peers(self) -> None:
+        """A rank of this node that died ends the job here, where its launcher does not see to it.
+
+        Raises:
+            PeerLostError: names the rank.
+        """
+        for rank, pid in self._peers.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                raise PeerLostError(f"rank {rank} (pid {pid}) is gone without a word") from None
+            except PermissionError:
+                continue
 
     def _counts(self, mine: int) -> NDArray[np.int64]:
         """Collective. How many items each rank has, on the server; zeros elsewhere."""
@@ -325,9 +374,14 @@ class PackageProcessor:
                 return True
             os.sched_yield()
         sleep_s, started = _FIRST_SLEEP_S, time.monotonic()
+        next_check = started + _PEER_CHECK_S
         while not request.Test():
-            if patience_s is not None and time.monotonic() - started > patience_s:
+            now = time.monotonic()
+            if patience_s is not None and now - started > patience_s:
                 return False
+            if now > next_check:
+                self._check_peers()
+                next_check = now + _PEER_CHECK_S
             time.sleep(sleep_s)
             sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S)
         return True

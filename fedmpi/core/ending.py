@@ -8,7 +8,7 @@ import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fedmpi.core.errors import EXIT_CRASH, EXIT_INTERRUPTED, FedmpiError
 
@@ -20,29 +20,51 @@ if TYPE_CHECKING:
 def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
     """Around all a rank does: whatever ends one rank ends the job, at once, with a true exit code and one message.
 
-    An error that every rank raised alike (through `on_root` or `agree`) is told by rank 0; each rank exits by itself.
+    That includes `sys.exit` and `os._exit` before the server has sent everybody home. An error that every rank raised
+    alike (through `on_root` or `agree`) is told by rank 0; each rank then exits by itself.
 
     Raises:
-        SystemExit: with the error's exit code, in that case.
+        SystemExit: with the error's exit code, in that last case.
     """
     try:
-        yield
+        with _guarded_exit(net):
+            yield
     except FedmpiError as error:
         if error.everywhere:
             if net.is_server:
                 say_error(str(error))
-            net.barrier()  # the message is out before a launcher sees the first exit code
-            raise SystemExit(error.exit_code) from None
+            raise SystemExit(net.leave(error.exit_code)) from None
         _last_words(net, str(error))
         net.abort(error.exit_code)
     except KeyboardInterrupt:
         _last_words(net, "interrupted (Ctrl-C): what finished rounds wrote is kept")
         net.abort(EXIT_INTERRUPTED)
-    except SystemExit:
-        raise
+    except SystemExit as left:
+        if net.over:
+            raise
+        _last_words(net, f"left by sys.exit({left.code!r}) in mid-run")
+        net.abort(EXIT_CRASH)
     except BaseException:  # noqa: BLE001  # the one place: a crash of any kind must not leave the others waiting
         _last_words(net, f"crashed\n{traceback.format_exc().rstrip()}")
         net.abort(EXIT_CRASH)
+
+
+@contextmanager
+def _guarded_exit(net: PackageProcessor) -> Iterator[None]:
+    """`os._exit` in this process ends the job: a launcher may take a rank that leaves with 0 for one that is done."""
+    real, pid = os._exit, os.getpid()
+
+    def guarded(status: int) -> NoReturn:
+        if os.getpid() == pid and not net.over:
+            _last_words(net, f"left by os._exit({status}) in mid-run")
+            net.abort(status or EXIT_CRASH)
+        real(status)
+
+    os._exit = guarded
+    try:
+        yield
+    finally:
+        os._exit = real
 
 
 def say_error(message: str) -> None:
@@ -53,8 +75,6 @@ def say_error(message: str) -> None:
 
 def _last_words(net: PackageProcessor, message: str) -> None:
     """One message a node, in one write: others often fail for the same reason, or because of this failure."""
-    if not net.claim_last_words():
-        return
     activity = f", {net.activity}" if net.activity else ""
     where = f"[rank {net.rank}, host {socket.gethostname()}, pid {os.getpid()}{activity}]"
-    os.write(2, f"fedmpi: {where} {message}\n".encode(errors="backslashreplace"))
+    net.last_words(f"fedmpi: {where} {message}\n")

@@ -50,6 +50,12 @@ class FilesystemError(FedmpiError):
     """A folder cannot be written, is full, or is in use by another job."""
 
 
+class PeerLostError(FedmpiError):
+    """Another rank has died."""
+
+    exit_code: ClassVar[int] = EXIT_CRASH
+
+
 class DivergedError(FedmpiError):
     """Training produced a non-finite number."""
 

@@ -94,6 +94,21 @@ def check_launcher(library: str, size: int | None, environ: Mapping[str, str] = 
             )
 
 
+def abort_through_hydra(exit_code: int, environ: Mapping[str, str] = os.environ) -> bool:
+    """Ask MPICH's mpirun to end all ranks with exactly `exit_code`; False if it did not start this process.
+
+    MPI_Abort asks for the same, then exits by itself; when that exit is seen first, mpirun takes it for a death of its
+    own, kills the rest and reports 9. So the asking and the exiting are kept apart: ask here, then wait to be ended.
+    """
+    if not any(one.launcher == "Hydra" for one in announced(environ)):
+        return False
+    try:
+        os.write(int(environ["PMI_FD"]), f"cmd=abort exitcode={exit_code}\n".encode())  # PMI-1, simple wire protocol
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
+
+
 def missing_mpi_advice() -> str:
     """One line for a Python without an MPI library."""
     return 'no MPI library found: pip install "fedmpi[mpich]", or load the MPI module of this cluster'

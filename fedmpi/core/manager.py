@@ -53,7 +53,7 @@ class NetworkManager(ABC):
         while True:
             order = self.net.bcast_order(self.next_order())  # A  server -> all
             if order.code is MessageCode.EXIT:
-                return order.exit_code
+                return self.net.leave(order.exit_code)
             vector = self.net.bcast_vector(self.downlink())  # B  server -> all   (P,)
             work = self.local_work(order, vector)  #              no communication
             self.net.collect(order, work, self)  #             C  all -> server: exact sum (P,) or rows (K, P)
