@@ -1,0 +1,376 @@
+"""Options: defaults, YAML, flags; what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedmpi.config import (
+    PROVENANCE,
+    DataConfig,
+    RunConfig,
+    data_flags,
+    option,
+    parse,
+    result_hash,
+    result_options,
+    to_yaml,
+)
+from fedmpi.core.errors import ConfigError
+from fedmpi.core.launcher import speaks
+
+ROOT = Path(__file__).parents[2]
+
+# option, default, in YAML, as a flag that wins over it
+OPTIONS: list[tuple[str, Any, Any, Any]] = [
+    ("dataset", "mnist", "digits", "cifar10"),
+    ("data_dir", None, "/a", "/b"),
+    ("num_clients", 100, 30, 40),
+    ("partition", "iid", "shards", "dirichlet"),
+    ("num_shards", None, 60, 80),
+    ("alpha", None, 0.5, 2.0),
+    ("min_samples", None, 2, 3),
+    ("partition_seed", 0, 1, 2),
+    ("partition_file", None, "a.pkl", "b.pkl"),
+    ("model", "cnn", "2nn", "mine:net"),
+    ("local_epochs", 1, 2, 3),
+    ("batch_size", 10, 0, 20),
+    ("client_lr", 0.1, 0.2, 0.3),
+    ("client_momentum", 0.0, 0.5, 0.9),
+    ("client_weight_decay", 0.0, 0.1, 1e-4),
+    ("sample_ratio", None, 0.5, 1.0),
+    ("cohort_size", None, 5, 6),
+    ("rounds", 20, 3, 4),
+    ("target_accuracy", None, 0.5, 0.99),
+    ("eval_every", 1, 2, 3),
+    ("server_lr", 1.0, 0.5, 2.0),
+    ("collect", "auto", "gather", "reduce"),
+    ("seed", 0, 7, 2**63 - 1),
+    ("device", "auto", "cpu", "cuda"),
+    ("threads", 1, 2, "auto"),
+    ("ethernet", None, "eth0", "ib0"),
+    ("run_dir", None, "runs/a", "runs/b"),
+]
+SWITCHES = ["quiet", "verbose"]
+NAMES = [name for name, *_ in OPTIONS]
+MACHINE = {"data_dir", "partition_file", "collect", "ethernet", "run_dir", "quiet", "verbose"}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def run_config(*argv: str) -> RunConfig:
+    return parse(RunConfig, argv, "prog", "what it is")
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Any:
+    """Text or a dictionary -> the arguments that make it the configuration."""
+
+    def write(content: str | dict[str, Any]) -> list[str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return ["--config", str(path)]
+
+    return write
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run_config(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_table_below_names_every_option() -> None:
+    assert [*NAMES, *SWITCHES] == [f.name for f in dataclasses.fields(RunConfig)]
+
+
+@pytest.mark.parametrize(("name", "default", "in_yaml", "as_flag"), OPTIONS, ids=NAMES)
+def test_default_then_yaml_then_flag(name: str, default: Any, in_yaml: Any, as_flag: Any, config_file: Any) -> None:
+    config = config_file({name.replace("_", "-"): in_yaml} if len(name) % 2 else {name: in_yaml})
+    assert getattr(run_config(*config), name) == in_yaml
+    argv = [flag(name), str(as_flag)]
+    parsed = run_config(*config, *argv) if name < "m" else run_config(*argv, *config)
+    assert getattr(parsed, name) == as_flag
+    assert type(getattr(parsed, name)) is type(as_flag)
+    assert dataclasses.replace(parsed, **{name: default}) == RunConfig(), "no other option changes"
+
+
+def test_without_arguments_every_option_has_its_default() -> None:
+    assert dataclasses.asdict(run_config()) == {
+        **{name: default for name, default, *_ in OPTIONS},
+        "quiet": False,
+        "verbose": False,
+    }
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches(name: str, config_file: Any) -> None:
+    assert getattr(run_config(), name) is False
+    assert getattr(run_config(flag(name)), name) is True
+    assert getattr(run_config(*config_file(f"{name}: yes")), name) is True
+    assert getattr(run_config(*config_file(f"{name}: false")), name) is False
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", ".001", "0.001", '"1e-3"'])
+def test_numbers_as_people_write_them_in_yaml(text: str, config_file: Any) -> None:
+    parsed = run_config(*config_file(f"client_lr: {text}\n"))
+    assert parsed.client_lr == 0.001
+    written = to_yaml(parsed, {})
+    assert yaml.safe_load(written)["client_lr"] == 0.001
+    assert result_hash(run_config(*config_file(written))) == result_hash(run_config("--client-lr", "1e-3"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--sample-ratio 5", "--sample-ratio must be a number in (0, 1], got 5.0"),
+        ("--sample-ratio 0", "--sample-ratio must be a number in (0, 1], got 0.0"),
+        ("--sample-ratio nan", "--sample-ratio must be a number in (0, 1], got nan"),
+        ("--rounds -1", "--rounds must be an integer in [1, inf), got -1"),
+        ("--rounds 0", "--rounds must be an integer in [1, inf), got 0"),
+        ("--rounds 2.5", "--rounds must be an integer in [1, inf), got 2.5"),
+        ("--rounds true", "--rounds must be an integer in [1, inf), got True"),
+        ("--batch-size -1", "--batch-size must be an integer in [0, inf), got -1"),
+        ("--num-clients 0", "--num-clients must be an integer in [1, inf), got 0"),
+        ("--num-shards 0", "--num-shards must be an integer in [1, inf), got 0"),
+        ("--min-samples 0", "--min-samples must be an integer in [1, inf), got 0"),
+        ("--local-epochs 0", "--local-epochs must be an integer in [1, inf), got 0"),
+        ("--eval-every 0", "--eval-every must be an integer in [1, inf), got 0"),
+        ("--cohort-size 0", "--cohort-size must be an integer in [1, inf), got 0"),
+        ("--alpha 0", "--alpha must be a number in (0, inf), got 0.0"),
+        ("--alpha inf", "--alpha must be a number in (0, inf), got inf"),
+        ("--client-lr 0", "--client-lr must be a number in (0, inf), got 0.0"),
+        ("--client-lr fast", "--client-lr must be a number in (0, inf), got fast"),
+        ("--client-lr inf", "--client-lr must be a number in (0, inf), got inf"),
+        ("--server-lr -1", "--server-lr must be a number in (0, inf), got -1.0"),
+        ("--client-momentum 1", "--client-momentum must be a number in [0, 1), got 1.0"),
+        ("--client-momentum -.1", "--client-momentum must be a number in [0, 1), got -0.1"),
+        ("--client-weight-decay -1", "--client-weight-decay must be a number in [0, inf), got -1.0"),
+        ("--target-accuracy 97", "--target-accuracy must be a number in (0, 1], got 97.0"),
+        ("--seed 1e3", "--seed must be an integer in [0, 9223372036854775807], got 1000.0"),
+        ("--seed -1", "--seed must be an integer in [0, 9223372036854775807], got -1"),
+        (f"--seed {2**63}", f"--seed must be an integer in [0, 9223372036854775807], got {2**63}"),
+        ("--threads 0", "--threads must be an integer in [1, 1024] or auto, got 0"),
+        ("--threads many", "--threads must be an integer in [1, 1024] or auto, got many"),
+        ("--dataset Mnist", "--dataset must be mnist, fashion-mnist, cifar10, digits, synthetic, got Mnist"),
+        ("--partition random", "--partition must be iid, shards, dirichlet, got random"),
+        ("--collect sum", "--collect must be auto, reduce, gather, got sum"),
+        ("--device gpu", "--device must be auto, cpu, cuda, got gpu"),
+        ("--round 3", "unknown option --round 3; --help lists them"),
+        ("--num-workers 2", "unknown option --num-workers 2; --help lists them"),
+        ("--client_lr 1", "unknown option --client_lr 1; --help lists them"),
+        ("mnist", "unknown option mnist; --help lists them"),
+        ("--quiet 1", "unknown option 1; --help lists them"),
+        ("--no-quiet", "unknown option --no-quiet; --help lists them"),
+        ("--conf x", "unknown option --conf x; --help lists them"),
+        ("--rounds", "argument --rounds: expected one argument"),
+        ("--config", "--config wants a YAML file, got nothing"),
+        ("--config /nowhere.yaml", "--config /nowhere.yaml: cannot be read (No such file or directory)"),
+        ("--quiet --verbose", "--quiet and --verbose exclude each other: give one"),
+        ("--cohort-size 999", "--cohort-size must be in [1, 100] (--num-clients), got 999"),
+        (
+            "--cohort-size 5 --sample-ratio .5",
+            "--cohort-size (5) and --sample-ratio (0.5) exclude each other",
+        ),
+        (
+            "--partition-file a.pkl --alpha 1",
+            "--alpha shapes a new split, but --partition-file brings one: give one",
+        ),
+    ],
+)
+def test_what_is_refused_on_the_command_line(argv: str, message: str) -> None:
+    assert refusal(*argv.split()) == message
+
+
+@pytest.mark.parametrize("name", ["model", "run_dir", "data_dir", "partition_file", "ethernet"])
+def test_empty_text_is_refused(name: str) -> None:
+    """An unset variable of a shell script must not send the run folder into the working folder."""
+    assert refusal(flag(name), "") == f"{flag(name)} must be text, got nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("client_lr: fast", "--client-lr must be a number in (0, inf), got fast"),
+        ("client_lr: [0.1]", "--client-lr must be a number in (0, inf), got [0.1]"),
+        ("client_lr: true", "--client-lr must be a number in (0, inf), got True"),
+        ("rounds: 1e3", "--rounds must be an integer in [1, inf), got 1000.0"),
+        ("rounds: null", "--rounds must be an integer in [1, inf), got None"),
+        ("threads: null", "--threads must be an integer in [1, 1024] or auto, got None"),
+        ("dataset: null", "--dataset must be mnist, fashion-mnist, cifar10, digits, synthetic, got None"),
+        ("model: 3", "--model must be text, got 3"),
+        ("run_dir: ''", "--run-dir must be text, got nothing"),
+        ("sample_ratio: .nan", "--sample-ratio must be a number in (0, 1], got nan"),
+        ("quiet: 'no'", "--quiet must be true or false, got no"),
+        ("quiet: 1", "--quiet must be true or false, got 1"),
+        ("quiet: null", "--quiet must be true or false, got None"),
+        ("round: 3", "unknown option 'round' in --config; --help lists them"),
+        ("help: true", "unknown option 'help' in --config; --help lists them"),
+    ],
+)
+def test_what_is_refused_in_yaml(content: str, message: str, config_file: Any) -> None:
+    assert refusal(*config_file(content)) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "rest"),
+    [
+        ("- rounds\n- 3\n", "wanted a map of option: value, got a list"),
+        ("3", "wanted a map of option: value, got a int"),
+        ("1: 2", "wanted a map of option: value, got a dict"),
+        ("config: other.yaml", "a file cannot name another one (config: other.yaml)"),
+    ],
+)
+def test_files_that_are_no_map_of_options(content: str, rest: str, config_file: Any) -> None:
+    argv = config_file(content)
+    assert refusal(*argv) == f"--config {argv[1]}: {rest}"
+
+
+def test_files_that_are_no_yaml(config_file: Any, tmp_path: Path) -> None:
+    argv = config_file("a: {b")
+    assert refusal(*argv).startswith(f"--config {argv[1]}: not YAML: ")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert refusal("--config", str(tmp_path / "binary")).startswith(f"--config {tmp_path / 'binary'}: not YAML: ")
+    assert refusal("--config", str(tmp_path)) == f"--config {tmp_path}: cannot be read (Is a directory)"
+
+
+def test_empty_files_and_null_for_what_may_be_missing(config_file: Any) -> None:
+    assert run_config(*config_file("")) == RunConfig()
+    assert run_config(*config_file("alpha: null\nrun_dir: ~\n")) == RunConfig()
+
+
+def test_later_files_win_over_earlier_ones(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("rounds: 3\nseed: 5\n")
+    two.write_text("rounds: 4\n")
+    assert run_config("--config", str(one), f"--config={two}") == RunConfig(rounds=4, seed=5)
+    assert run_config(f"--config={two}", "--config", str(one)) == RunConfig(rounds=3, seed=5)
+
+
+def test_the_environment_gives_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROUNDS", "PROG_ROUNDS", "FEDMPI_ROUNDS"):
+        monkeypatch.setenv(name, "3")
+    assert run_config() == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", 10), ("--num-clients 4", 1), ("--num-clients 14", 1), ("--num-clients 15", 2), ("--sample-ratio 1", 100),
+        ("--sample-ratio 0.001 --num-clients 20", 1), ("--sample-ratio 0.07 --num-clients 20", 1),
+        ("--sample-ratio 0.25 --num-clients 10", 3), ("--cohort-size 7", 7), ("--cohort-size 3 --num-clients 3", 3),
+    ],
+)  # fmt: skip
+def test_clients_per_round(argv: str, expected: int) -> None:
+    assert run_config(*argv.split()).clients_per_round == expected
+
+
+def other_than_default() -> RunConfig:
+    chosen = {name: as_flag for name, _, _, as_flag in OPTIONS if name not in ("sample_ratio", "partition_file")}
+    return RunConfig(**chosen, verbose=True)
+
+
+@pytest.mark.parametrize("config", [RunConfig(), other_than_default(), RunConfig(client_lr=1e-300, seed=2**63 - 1)])
+def test_what_is_written_reads_back_equal(config: RunConfig, config_file: Any) -> None:
+    provenance = {"torch": "2.4", "ranks": 3, "capability": ["AVX2"], "note": "Grüße"}
+    text = to_yaml(config, provenance)
+    assert yaml.safe_load(text)[PROVENANCE] == provenance
+    assert "Grüße" in text
+    assert run_config(*config_file(text)) == config
+    assert result_hash(run_config(*config_file(text))) == result_hash(config)
+
+
+@pytest.mark.parametrize(("name", "default", "value", "_"), [*OPTIONS, *((s, False, True, "") for s in SWITCHES)])
+def test_the_hash_holds_what_decides_the_model_and_nothing_else(name: str, default: Any, value: Any, _: Any) -> None:
+    assert default != value
+    changed = dataclasses.replace(RunConfig(), **{name: value})
+    assert (result_hash(changed) == result_hash(RunConfig())) is (name in MACHINE)
+    assert (name in result_options(changed)) is (name not in MACHINE)
+
+
+def test_the_flags_of_the_data_part_read_back_equal() -> None:
+    for argv in ("", "--partition dirichlet --alpha 0.3 --min-samples 2 --num-clients 7 --partition-seed 3"):
+        config = parse(DataConfig, argv.split(), "prog", "")
+        said = data_flags(config)
+        assert parse(DataConfig, said.split(), "prog", "") == config
+        assert said.startswith("--dataset mnist --num-clients ")
+    assert data_flags(RunConfig(rounds=7)) == "--dataset mnist --num-clients 100 --partition iid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extended(RunConfig):
+    """An algorithm with one knob more."""
+
+    mu: float = option(0.01, "weight of the proximal term", "Algorithm", "[0, inf)")
+
+
+def test_an_algorithm_with_more_knobs_extends_the_options() -> None:
+    assert parse(Extended, ["--mu", "1", "--rounds", "2"], "prog", "") == Extended(rounds=2, mu=1.0)
+    with pytest.raises(ConfigError, match=r"^--mu must be a number in \[0, inf\), got -1.0$"):
+        parse(Extended, ["--mu", "-1"], "prog", "")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        parse(Extended, ["--quiet", "--verbose"], "prog", "")
+    assert result_hash(Extended()) != result_hash(RunConfig())
+
+
+def test_help_lists_every_option_in_groups_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_config("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: prog [OPTION ...]\n\nwhat it is\n")
+    assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
+        "options:", "Data:", "Local training:", "Federation:", "Machine:", "Output:",
+    ]  # fmt: skip
+    squeezed = " ".join(text.split())
+    for f in dataclasses.fields(RunConfig):
+        assert squeezed.count(f" {flag(f.name)} ") >= 1, f.name
+        assert f.metadata["help"] in squeezed, f.name
+        if f.default is not None and f.default is not False:
+            assert f"{f.metadata['help']} (default: {f.default})" in squeezed
+    assert "--config FILE YAML file of options; flags win over it" in squeezed
+    assert max(map(len, text.splitlines())) <= 110
+
+
+LOADED = """
+import json, runpy, sys
+sys.argv = ["fedavg", *sys.argv[1:]]
+try:
+    runpy.run_module("fedmpi.fedavg", run_name="__main__")
+except SystemExit as end:
+    names = ("torch", "torchvision", "mpi4py", "numpy", "jsonargparse", "yaml")
+    loaded = [name for name in names if name in sys.modules]
+    sys.stderr.write(json.dumps([end.code, loaded]))
+"""
+
+
+def test_help_loads_neither_torch_nor_mpi() -> None:
+    """What makes it quick, whatever the machine; under mpiexec rank 0 speaks for all."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOADED, "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    code, loaded = json.loads(done.stderr)
+    assert code == 0
+    assert set(loaded) & {"torch", "torchvision", "mpi4py"} == set()
+    assert ("Local training:" in done.stdout) is speaks()
+
+
+def test_import_of_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, fedmpi, fedmpi.config\n"
+        "heavy = {'torch', 'numpy', 'mpi4py', 'jsonargparse', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
