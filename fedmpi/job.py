@@ -116,7 +116,8 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
     dataset = net.on_all(lambda: load_dataset(config.dataset, config.data_dir))
     partition, split = _share_partition(net, config, dataset)
     halves = net.on_all(lambda: _build_halves(net, recipe, config, dataset, partition, machine.device))
-    folder = net.on_root(lambda: RunFolder(config), share=False)
+    data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
+    folder = net.on_root(lambda: RunFolder(config, data), share=False)
     try:
         if net.on_root(lambda: folder is not None and folder.finished):
             logger.info("this very run is finished already: nothing to do")
@@ -128,8 +129,7 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
             "ranks": net.size,
             "threads": machine.threads,
             "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
-            "dataset_sha256": dataset.sha256,
-            "partition_sha256": split,
+            **data,
         }
         net.on_root(lambda: folder.begin(config, provenance) if folder else None)
         facts = {"options": result_hash(config), "data set": dataset.sha256, "threads": machine.threads}

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import yaml
 
-from fedmpi.config import RunConfig, parse, result_options, to_yaml
+from fedmpi.config import PROVENANCE, RunConfig, parse, result_options, to_yaml
 from fedmpi.core.errors import ConfigError, FilesystemError
 from fedmpi.core.files import atomic_write
 from fedmpi.core.handler import SyncParameterServerHandler
@@ -31,12 +32,16 @@ CONFIG, HISTORY, MODEL, LOCK = "config.yaml", "history.jsonl", "model.pt", ".loc
 class RunFolder:
     """This job's folder, locked against other jobs until `close`. On the server rank only."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, data: Mapping[str, object]) -> None:
         """Make or take the folder.
+
+        Args:
+            config: the options of the run.
+            data: provenance that decides the model beside the options: what data, split how.
 
         Raises:
             FilesystemError: it cannot be written, or another job is using it.
-            ConfigError: it holds a finished run with other settings.
+            ConfigError: it holds a finished run with other settings or data.
         """
         self.path = _fresh(config) if config.run_dir is None else _make(Path(config.run_dir))
         self._lock = FileLock(self.path / LOCK, timeout_s=0, what=f"--run-dir {self.path}")
@@ -44,7 +49,7 @@ class RunFolder:
         self.finished = (self.path / MODEL).exists()
         if self.finished:
             try:
-                _refuse_other_settings(self.path, config)
+                _refuse_other_settings(self.path, config, data)
             except ConfigError:
                 self.close()
                 raise
@@ -101,7 +106,7 @@ def _make(path: Path) -> Path:
     return path
 
 
-def _refuse_other_settings(path: Path, config: RunConfig) -> None:
+def _refuse_other_settings(path: Path, config: RunConfig, data: Mapping[str, object]) -> None:
     stored = result_options(parse(type(config), ["--config", str(path / CONFIG)], "", ""))
     given = result_options(config)
     for name, value in given.items():
@@ -109,4 +114,11 @@ def _refuse_other_settings(path: Path, config: RunConfig) -> None:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"--run-dir {path} holds a finished run with {flag} {stored[name]}, this one has {value}: name another"
+            )
+    provenance = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")).get(PROVENANCE, {})
+    for name, value in data.items():
+        if provenance.get(name) != value:
+            raise ConfigError(
+                f"--run-dir {path} holds a finished run with {name} {provenance.get(name)}, this one has {value}: name"
+                " another"
             )

@@ -1,0 +1,330 @@
+"""History, progress lines, banner and run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from fedmpi.config import RunConfig, parse, result_hash
+from fedmpi.core.errors import ConfigError, FilesystemError
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import RoundRecord
+from fedmpi.data.datasets import Dataset, Split
+from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.report import progress, run_folder
+from fedmpi.report.banner import banner
+from fedmpi.report.history import History, read_history
+from fedmpi.report.progress import Progress
+from fedmpi.report.run_folder import RunFolder
+
+RECORD = RoundRecord(
+    round_idx=0,
+    cohort=[1, 4, 7],
+    num_samples=90,
+    train_loss=0.5,
+    accuracy=0.9125,
+    loss=0.25,
+    bytes_down=1200,
+    bytes_up=1200,
+    timings={"round_s": 2.0, "wire_bytes": 3000, "idle_share": 0.25},
+)
+NOT_EVALUATED = dataclasses.replace(RECORD, round_idx=1, accuracy=None, loss=None, train_loss=None)
+
+
+# history.jsonl
+
+
+def test_history_reads_back_what_was_written_round_by_round(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History(path)
+    assert path.read_text() == "", "there before the first round, so that a full disk shows before training"
+    history.on_round(RECORD)
+    assert read_history(path) == [RECORD]
+    history.on_round(NOT_EVALUATED)
+    assert read_history(path) == [RECORD, NOT_EVALUATED]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_new_history_starts_empty(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).on_round(RECORD)
+    History(path)
+    assert read_history(path) == []
+
+
+def test_history_never_holds_what_is_no_json(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl")
+    with pytest.raises(ValueError, match="JSON"):
+        history.on_round(dataclasses.replace(RECORD, loss=float("nan")))
+    assert read_history(tmp_path / "history.jsonl") == []
+
+
+def test_a_history_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "history.jsonl"
+    with pytest.raises(FilesystemError) as caught:
+        History(path)
+    assert str(caught.value) == f"{path}: cannot be written (No such file or directory)"
+
+
+# the progress line
+
+
+def lines_of(rounds: int, *records: RoundRecord) -> tuple[Progress, list[str]]:
+    said: list[str] = []
+    shown = Progress(rounds)
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level = progress.logger.level
+    progress.logger.addHandler(handler)
+    progress.logger.setLevel(logging.INFO)
+    try:
+        for record in records:
+            shown.on_round(record)
+    finally:
+        progress.logger.removeHandler(handler)
+        progress.logger.setLevel(level)
+    return shown, said
+
+
+def test_a_line_says_round_accuracy_losses_speed_and_what_is_left() -> None:
+    _, said = lines_of(20, RECORD, NOT_EVALUATED)
+    assert said == [
+        "round  1/20   accuracy  91.25 %   loss 0.2500   train loss 0.5000   1.5 clients/s   2.00 s   ETA 0:38",
+        "round  2/20   train loss   none   1.5 clients/s   2.00 s   ETA 0:36",
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_none() -> None:
+    _, said = lines_of(1, dataclasses.replace(RECORD, loss=None))
+    assert "accuracy  91.25 %   loss   none   train loss 0.5000" in said[0]
+    assert said[0].endswith("ETA 0:00")
+
+
+def test_the_time_left_follows_the_last_ten_rounds() -> None:
+    def taking(round_idx: int, seconds: float) -> RoundRecord:
+        return dataclasses.replace(RECORD, round_idx=round_idx, timings={**RECORD.timings, "round_s": seconds})
+
+    _, said = lines_of(100, taking(0, 1000.0), *(taking(i, 2.0) for i in range(1, 11)))
+    assert said[0].endswith("ETA 27:30:00")
+    assert said[-1].endswith("ETA 2:58"), "89 rounds of 2 s; the slow first round is forgotten"
+
+
+def test_the_summary_adds_up(tmp_path: Path) -> None:
+    shown, _ = lines_of(2, RECORD, dataclasses.replace(NOT_EVALUATED, timings={**RECORD.timings, "idle_share": 0.75}))
+    text = shown.summary("0123456789abcdef", tmp_path)
+    assert re.fullmatch(
+        rf"done: 2 rounds in \d+\.\d s, accuracy 91.25 %, 6 kB through MPI, trainers idle 50 %,"
+        rf" model 0123456789abcdef, in {re.escape(str(tmp_path))}",
+        text,
+    )
+    assert "0 rounds" in Progress(3).summary("", tmp_path)
+    assert "accuracy not evaluated, 0 B through MPI, trainers idle 0 %" in Progress(3).summary("", tmp_path)
+
+
+# the banner
+
+
+def test_the_banner_says_what_runs_where_on_what() -> None:
+    split = Split(np.zeros((30, 1, 8, 8), np.uint8), np.zeros(30, np.int64))
+    dataset = Dataset("digits", split, split, 10, (0.0,), (1.0,), "")
+    partition = PartitionIndex(np.array([0, 10, 18, 30]), np.arange(30))
+    places = [
+        ("alpha", "cpu", "server"),
+        ("alpha", "cpu", "AVX2"),
+        ("beta", "cuda:0", "H100"),
+        ("beta", "cuda:0", "H100"),
+    ]
+    provenance = {"fedmpi": "0.1", "torch": "2.4", "mpi": "MPICH 5", "partition_sha256": "ab" * 32, "threads": 2}
+    config = RunConfig(dataset="digits", num_clients=3, model="2nn", batch_size=0, local_epochs=2)
+    assert banner("FedAvg", config, places, dataset, partition, 15010, provenance, Path("runs/x")) == [
+        "fedmpi 0.1: FedAvg on MPICH 5, torch 2.4",
+        "ranks:  4 on alpha (2), beta (2)",
+        "trains: 1 x cpu (AVX2), 2 x cuda:0 (H100), 2 threads each",
+        "data:   digits, 30 training and 30 test samples; iid over 3 clients of 8-12 (split abababababab)",
+        "model:  2nn, 15,010 vector entries",
+        "rounds: 20 with 1 clients each; 2 local epochs, batch all, client lr 0.1, seed 0",
+        "output: runs/x",
+    ]
+    alone = banner("FedAvg", config, places[:1], dataset, partition, 1, {**provenance, "threads": 1}, Path("x"))
+    assert alone[2] == "trains: 1 x cpu (server), 1 thread each"
+
+
+# the run folder
+
+DATA = {"dataset_sha256": "d" * 64, "partition_sha256": "p" * 64}
+
+
+@pytest.fixture
+def folders() -> Iterator[Any]:
+    """Opens run folders and lets go of them after the test."""
+    held: list[RunFolder] = []
+
+    def open_folder(config: RunConfig, data: dict[str, object] = DATA) -> RunFolder:
+        held.append(RunFolder(config, data))
+        return held[-1]
+
+    yield open_folder
+    for folder in held:
+        folder.close()
+
+
+def train(folder: RunFolder, config: RunConfig, finish: bool = True) -> SyncParameterServerHandler:
+    server = SyncParameterServerHandler(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 3)
+    folder.begin(config, {**DATA, "ranks": 3})
+    folder.on_round(RECORD)
+    if finish:
+        folder.on_end(server)
+    folder.close()
+    return server
+
+
+def test_what_a_run_leaves(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "deep" / "run"), client_lr=1e-3)
+    folder = folders(config)
+    assert folder.path == tmp_path / "deep" / "run"
+    assert not folder.finished
+    server = train(folder, config)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "history.jsonl", "model.pt"]
+    assert read_history(folder.path / "history.jsonl") == [RECORD]
+    again = parse(RunConfig, ["--config", str(folder.path / "config.yaml")], "", "")
+    assert again.run_dir is None, "so that it starts another run"
+    assert result_hash(again) == result_hash(config)
+    assert yaml.safe_load((folder.path / "config.yaml").read_text())["provenance"] == {**DATA, "ranks": 3}
+    state = torch.load(folder.path / "model.pt", weights_only=True)
+    fresh = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    fresh.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[name]) for name, value in server.model.state_dict().items())
+    assert state["1.num_batches_tracked"].dtype == torch.int64
+    assert (folder.path / "model.pt").stat().st_size < 5000, (
+        "tensors are views: the file must not hold the vector each time"
+    )
+
+
+def test_a_folder_in_use_is_refused_with_its_holder(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    first = folders(config)
+    started = time.monotonic()
+    with pytest.raises(FilesystemError) as caught:
+        folders(config)
+    assert time.monotonic() - started < 5
+    assert str(caught.value).startswith(
+        f"--run-dir {tmp_path / 'run'} is in use by {socket.gethostname()} pid {os.getpid()} since "
+    )
+    first.close()
+    folders(config).close()
+
+
+def test_a_claim_of_a_dead_process_is_taken_over(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    first = folders(config)
+    lock = first.path / run_folder.LOCK
+    claim = lock.read_text().replace(f'"pid": {os.getpid()}', f'"pid": {2**22 + 1}')  # above the largest pid of Linux
+    first.close()
+    lock.write_text(claim)
+    folders(config)
+
+
+def test_a_finished_run_is_found_and_left_alone(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config)
+    held = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for same in (config, dataclasses.replace(config, verbose=True, collect="gather", ethernet="lo")):
+        folder = folders(same)
+        assert folder.finished
+        folder.close()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == held
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"client_lr": 0.5}, "--client-lr 0.1, this one has 0.5"),
+        ({"rounds": 21}, "--rounds 20, this one has 21"),
+        ({"model": "2nn"}, "--model cnn, this one has 2nn"),
+        ({"alpha": 0.1, "partition": "dirichlet"}, "--partition iid, this one has dirichlet"),
+    ],
+)
+def test_a_finished_run_with_other_settings_is_refused(
+    change: dict[str, Any], flag: str, folders: Any, tmp_path: Path
+) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config)
+    with pytest.raises(ConfigError) as caught:
+        folders(dataclasses.replace(config, **change))
+    assert str(caught.value) == f"--run-dir {tmp_path / 'run'} holds a finished run with {flag}: name another"
+    folders(config).close()  # the refusal let go of the folder
+
+
+def test_a_finished_run_on_another_split_is_refused(folders: Any, tmp_path: Path) -> None:
+    """--partition-file names a file, not what is in it: equal options do not mean an equal run."""
+    config = RunConfig(run_dir=str(tmp_path / "run"), partition_file="split.pkl")
+    train(folders(config), config)
+    with pytest.raises(
+        ConfigError, match=r"holds a finished run with partition_sha256 p+, this one has q+: name another"
+    ):
+        folders(config, {**DATA, "partition_sha256": "q" * 64})
+    assert folders(dataclasses.replace(config, partition_file="moved.pkl")).finished
+
+
+def test_the_history_of_an_unfinished_run_is_put_aside(
+    folders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config, finish=False)
+    other = dataclasses.replace(config, client_lr=0.5)  # legal: nothing of the other run goes on
+    folder = folders(other)
+    assert not folder.finished
+    with caplog.at_level(logging.WARNING, logger="fedmpi"):
+        folder.begin(other, {})
+    aside = [path for path in folder.path.iterdir() if path.name.startswith("history-")]
+    assert len(aside) == 1
+    assert read_history(aside[0]) == [RECORD]
+    assert read_history(folder.path / "history.jsonl") == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder.path} holds a run that did not finish: starting over, its history is now {aside[0]}"
+    ]
+
+
+def test_an_empty_history_is_nothing_to_keep(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    folder = folders(config)
+    folder.begin(config, {})
+    folder.begin(config, {})
+    assert not list(folder.path.glob("history-*"))
+
+
+def test_folders_of_the_same_second_have_names_of_their_own(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(strftime=lambda _: "20250102-030405"))
+    config = RunConfig(dataset="digits", model="my.models:a b/c")
+    names = [str(folders(config).path) for _ in range(3)]
+    usual = "runs/digits-my.models_a_b_c-20250102-030405"
+    assert names == [usual, f"{usual}-2", f"{usual}-3"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FilesystemError, match=rf"^--run-dir {tmp_path}/file/run: cannot be made \(Not a directory\)$"):
+        folders(RunConfig(run_dir=str(tmp_path / "file" / "run")))
+    (tmp_path / "runs").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FilesystemError, match=r"^runs/mnist-cnn-[\d-]+: cannot be made \(.*\); --run-dir names another$"
+    ):
+        folders(RunConfig())
