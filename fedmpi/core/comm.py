@@ -50,6 +50,7 @@ BLOCK_BYTES = 2**24
 """The server holds this much of the cohort's rows at a time, however many clients take part."""
 
 _ABORT_S = 3.0
+_FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
 _NOBODY, _SAID = -1, -2
 _PEER_CHECK_S = 1.0
 
@@ -296,6 +297,7 @@ class PackageProcessor:
         if self._speaker[0] == self.rank:
             with contextlib.suppress(OSError):  # nobody reads any more
                 os.write(2, message.encode(errors="backslashreplace"))
+            time.sleep(_FORWARD_S)
             self._speaker[0] = _SAID
         end = time.monotonic() + _ABORT_S
         while self._speaker[0] != _SAID and time.monotonic() < end:

@@ -1,0 +1,140 @@
+"""However a job ends, it ends for all ranks within seconds, with a true exit code and one readable message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.e2e.conftest import SMALL
+
+MODEL = """
+import os, sys
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, act, training):
+        super().__init__()
+        self.layer, self.act, self.when = nn.Linear(784, 10), act, training
+    def forward(self, x):
+        if self.training is self.when:
+            self.act()
+        return self.layer(x.flatten(1))
+def boom():
+    raise ValueError("boom")
+train = lambda shape, classes: Net(boom, True)
+evaluate = lambda shape, classes: Net(boom, False)
+exit0 = lambda shape, classes: Net(lambda: os._exit(0), False)
+exit5 = lambda shape, classes: Net(lambda: os._exit(5), True)
+sysexit = lambda shape, classes: Net(lambda: sys.exit(0), True)
+killed = lambda shape, classes: Net(lambda: os.kill(os.getpid(), 9), False)
+"""
+ENDS_WITHIN_S = 10
+
+
+@pytest.fixture
+def bad_model(tmp_path):
+    (tmp_path / "bad.py").write_text(MODEL)
+
+
+def gone(job) -> bool:
+    """Whether no process of the job is left, or will be in a moment."""
+    end = time.monotonic() + 5
+    while job.ranks() and time.monotonic() < end:
+        time.sleep(0.05)
+    return not job.ranks()
+
+
+@pytest.mark.usefixtures("bad_model")
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_an_exception_on_a_rank_ends_all_with_1_and_one_traceback(start, what, num_ranks):
+    running = start(num_ranks, *SMALL, "--model", f"bad:{what}")
+    result = running.end()
+    assert result.code == 1, result.text
+    assert result.text.count("Traceback (most recent call last)") == 1, result.text
+    assert result.text.count("ValueError: boom") == 1
+    assert "round 0" in result.err
+    assert "host " in result.err
+    assert gone(running)
+
+
+@pytest.mark.usefixtures("bad_model")
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [("exit0", 1, "os._exit(0)"), ("exit5", 5, "os._exit(5)"), ("sysexit", 1, "sys.exit(0)")],
+)
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_rank_that_leaves_in_mid_run_does_not_pass_for_done(start, what, code, said, num_ranks):
+    running = start(num_ranks, *SMALL, "--model", f"bad:{what}")
+    result = running.end()
+    assert result.code == code, result.text
+    assert result.text.count(said) == 1, result.text
+    assert "Traceback" not in result.text
+    assert gone(running)
+
+
+@pytest.mark.usefixtures("bad_model")
+def test_a_rank_that_kills_itself(start):
+    running = start(3, *SMALL, "--model", "bad:killed")
+    result = running.end()
+    assert result.code != 0
+    assert "signal 9" in result.text
+    assert "Traceback" not in result.text
+    assert gone(running)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_sigkill_of_any_rank(start, which):
+    running = start(3, *SMALL, "--rounds", "100000")
+    running.wait_for_round(2)
+    victim = running.ranks()[which]
+    begun = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    result = running.end(30)
+    assert result.code != 0
+    assert time.monotonic() - begun < ENDS_WITHIN_S
+    assert gone(running)
+    assert len(result.history()) >= 2
+    assert not (running.run_dir / "model.pt").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c(start, times):
+    running = start(4, *SMALL, "--rounds", "100000")
+    running.wait_for_round(2)
+    begun = time.monotonic()
+    for i in range(times):
+        time.sleep(0.3 * bool(i))
+        if running.process.poll() is None:
+            os.killpg(running.process.pid, signal.SIGINT)
+    result = running.end(30)
+    assert result.code != 0
+    assert time.monotonic() - begun < ENDS_WITHIN_S
+    assert "Traceback" not in result.text
+    assert result.text.count("interrupted") <= 4
+    assert gone(running)
+    assert len(result.history()) >= 2
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_divergence_is_code_3_and_names_client_and_round(job, num_ranks):
+    result = job(num_ranks, *SMALL, "--client-lr", "1e30")
+    assert result.code == 3, result.text
+    said = [line for line in result.err.splitlines() if "is not finite after training in round 0" in line]
+    assert len(said) == 1, result.text
+    assert "client " in said[0]
+    assert "Traceback" not in result.text
+    assert result.history() == []
+
+
+def test_a_good_run_ends_without_an_abort(start):
+    for i in range(3):
+        running = start(4, *SMALL, name=f"run{i}")
+        result = running.end()
+        assert result.code == 0
+        assert not any(word in result.text.lower() for word in ("abort", "bad termination", "traceback", "error"))
+        assert (running.run_dir / "model.pt").exists()
+        assert len(result.history()) == 3
+        assert gone(running)
