@@ -28,6 +28,7 @@ from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.eager import EagerEngine
+from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.job import Algorithm
 
 
@@ -46,9 +47,8 @@ class FedAvgTrainer(ClientTrainer):
         super().__init__(model, device)
         self.data = data
         self.config = config
-        self.engine = EagerEngine(
-            self.model, self.model_parameters, config.client_lr, config.client_momentum, config.client_weight_decay
-        )
+        self.engine = EagerEngine(self.model, config.client_lr, config.client_momentum, config.client_weight_decay)
+        self.memory_format = memory_format_of(self.model)
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples of each client."""
@@ -61,13 +61,14 @@ class FedAvgTrainer(ClientTrainer):
         inputs, labels = self.data.load(self.client_id, self.device)
         if not len(labels):
             return
-        batches = torch.Generator().manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
+        shuffles = torch.Generator().manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
         batch_size = self.config.batch_size or len(labels)
         losses = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
-            order = torch.randperm(len(labels), generator=batches).to(self.device)
-            shuffled = zip(torch.split(inputs[order], batch_size), torch.split(labels[order], batch_size), strict=True)
-            losses += [self.engine.step(x, y) for x, y in shuffled]
+            order = torch.randperm(len(labels), generator=shuffles).to(self.device)
+            shuffled = laid_out(inputs[order], self.memory_format), labels[order]
+            batches = zip(*(torch.split(each, batch_size) for each in shuffled), strict=True)
+            losses += [self.engine.step(x, y) for x, y in batches]
         self.loss = float(torch.stack(losses).double().mean()) if losses else math.nan
 
 

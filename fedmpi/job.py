@@ -47,6 +47,7 @@ from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.core.layout import memory_format_of
 from fedmpi.logs import SUMMARY
 from fedmpi.models import build_model
 from fedmpi.report.banner import banner
@@ -95,6 +96,13 @@ class Halves:
     handler: SyncParameterServerHandler | None
     trainer: ClientTrainer | None
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """In which the model likes its images."""
+        half = self.trainer or self.handler
+        assert half is not None
+        return memory_format_of(half.model)
+
 
 def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
     """Collective. Train as `config` says.
@@ -133,7 +141,7 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
         }
         net.on_root(lambda: folder.begin(config, provenance) if folder else None)
         facts = {"options": result_hash(config), "data set": dataset.sha256, "threads": machine.threads}
-        evaluator = test_evaluator(dataset, machine.device)
+        evaluator = test_evaluator(dataset, machine.device, halves.memory_format)
         progress = Progress(config.rounds)
         manager = net.on_all(
             lambda: _build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK_SIZE = 500
+CHUNK_SIZE = 100
 """Samples a chunk. A product's last bits depend on its shape, so this is the same whatever the number of ranks."""
 
 _LOSS_SCALE = 2.0**24
-_LOSS_LIMIT = 2.0**30  # a chunk's summed loss above this counts as non-finite; 2^30 x 2^24 leaves room for 512 chunks
+_LOSS_LIMIT = 2.0**24  # a summed loss from here on counts as non-finite; so 2^15 chunks cannot overflow
 
 
 @dataclass(frozen=True)

@@ -83,15 +83,6 @@ def flatten(model: nn.Module) -> Tensor:
     return vector
 
 
-def flat_gradient(model: nn.Module) -> Tensor:
-    """Make the trainable parameters' gradients views into one zeroed (T,) vector, in vector order; returns it."""
-    params = [p for _, p in _trainable(model)]
-    gradient = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    for param, piece in zip(params, torch.split(gradient, [p.numel() for p in params]), strict=True):
-        param.grad = piece.view(param.shape)
-    return gradient
-
-
 def num_trainable(model: nn.Module) -> int:
     """T, the entries at the front of the vector that training may change by a gradient."""
     return sum(p.numel() for _, p in _trainable(model))

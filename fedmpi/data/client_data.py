@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.core.layout import laid_out
 
 
 class ClientData:
@@ -33,11 +34,14 @@ class ClientData:
         return normalised(self._dataset, self._dataset.train, indices, device)
 
 
-def test_evaluator(dataset: Dataset, device: torch.device) -> Evaluator:
-    """Evaluates a model on the test split."""
-    return Evaluator(
-        len(dataset.test), lambda start, stop: normalised(dataset, dataset.test, slice(start, stop), device)
-    )
+def test_evaluator(dataset: Dataset, device: torch.device, memory_format: torch.memory_format) -> Evaluator:
+    """Evaluates a model on the test split, images in that layout."""
+
+    def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = normalised(dataset, dataset.test, slice(start, stop), device)
+        return laid_out(inputs, memory_format), labels
+
+    return Evaluator(len(dataset.test), load)
 
 
 def normalised(

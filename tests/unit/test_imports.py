@@ -22,7 +22,7 @@ ALLOWED = {
     # rooms beside each other
     "report": {"config", "data", "core"},
     "data": {"config", "core"},
-    "engines": {"core"},
+    "engines": set(),
     "models": {"core"},
     "logs": {"config"},
     "config": {"core"},
@@ -35,7 +35,7 @@ ALLOWED = {
 MPI = {"core.comm"}
 MEETS_MPI = {"core.client_manager", "core.clock", "core.manager", "core.server_manager", "job", "launch"}
 TORCH = {
-    "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler",
+    "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler", "core.layout",
     "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data", "engines.eager", "fedavg",
     "job", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip

@@ -117,20 +117,6 @@ def test_gradients_stand_in_the_vectors_order_with_zeros_where_there_is_none() -
     assert SerializationTool.serialize_model_gradients(model).tolist() == [2, 3, 1, 0, 0]
 
 
-def test_flat_gradient_takes_what_backward_writes() -> None:
-    model = Mixed()
-    flat.flatten(model)
-    gradient = flat.flat_gradient(model)
-    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    for factor in (1, 2):
-        model(x).square().sum().backward()
-        assert torch.equal(gradient, SerializationTool.serialize_model_gradients(model))
-        assert gradient[:6].view(2, 3).equal(model.second.weight.grad)
-        assert gradient.any(), factor
-        gradient.zero_()
-        assert not model.first.weight.grad.any()
-
-
 def empty(_: nn.Module) -> nn.Module:
     return nn.Sequential(nn.ReLU())
 
