@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from fedmpi.config import RunConfig
 from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.eager import EagerEngine
-from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.job import Algorithm
 
 

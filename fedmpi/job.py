@@ -38,6 +38,7 @@ from fedmpi.core.device import (
 from fedmpi.core.errors import EXIT_DONE
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.layout import memory_format_of
 from fedmpi.core.manager import NetworkManager, Observer
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.server_manager import ServerManager
@@ -47,7 +48,6 @@ from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.core.layout import memory_format_of
 from fedmpi.logs import SUMMARY
 from fedmpi.models import build_model
 from fedmpi.report.banner import banner

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmpi.core.evaluate import Evaluator
+from fedmpi.core.layout import laid_out
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.core.layout import laid_out
 
 
 class ClientData:
