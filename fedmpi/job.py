@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedmpi import __version__
-from fedmpi.config import RunConfig, result_hash
+from fedmpi.config import RunConfig
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.comm import PackageProcessor, library_version
 from fedmpi.core.cores import (
@@ -50,6 +50,7 @@ from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.logs import SUMMARY
 from fedmpi.models import build_model
+from fedmpi.options import result_hash
 from fedmpi.report.banner import banner
 from fedmpi.report.progress import Progress
 from fedmpi.report.run_folder import RunFolder

@@ -11,13 +11,14 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from fedmpi.config import RunConfig, parse
+from fedmpi.config import RunConfig
 from fedmpi.core.ending import abort_on_crash, say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
 from fedmpi.core.launcher import missing_mpi_advice, speaks
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
 from fedmpi.logs import set_up_logging
+from fedmpi.options import parse
 
 
 def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:

@@ -14,14 +14,15 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import mpi4py
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import DisagreementError, FedmpiError, PeerLostError
+from fedmpi.core.agreement import Agreement
+from fedmpi.core.errors import PeerLostError
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import (
     HEADER_SIZE,
@@ -59,7 +60,7 @@ _FIRST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
 
 
-class PackageProcessor:
+class PackageProcessor(Agreement):
     """One rank's end of the job's communicator.
 
     Attributes:
@@ -92,11 +93,6 @@ class PackageProcessor:
         self.over = False
         self._speaker = self._shared_flag()
         self._peers = self._peers_on_node()
-
-    @property
-    def is_server(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == SERVER_RANK
 
     @property
     def num_trainers(self) -> int:
@@ -198,69 +194,12 @@ class PackageProcessor:
         """Collective. Whether all ranks are here within `patience_s` (None: wait for ever). After False, abort."""
         return self._wait(self._comm.Ibarrier(), patience_s)
 
-    # The set-up and the end: collective too, but pickled, and errors are alike on all ranks.
+    # The set-up (see `Agreement`) and the end.
 
-    def on_root(self, work: Callable[[], T], share: bool = True) -> T:
-        """Collective. `work` runs on the server alone; the FedmpiError it raises is raised on every rank.
+    def _share(self, value: Any) -> Any:
+        return self._comm.bcast(value, SERVER_RANK)
 
-        Returns:
-            Its result, on every rank; with `share` False only on the server, and None elsewhere.
-        """
-        result: Any = None
-        error: FedmpiError | None = None
-        if self.is_server:
-            try:
-                result = work()
-            except FedmpiError as raised:
-                error = raised
-        self.barrier()  # a patient wait: `work` may take long
-        shared, error = self._comm.bcast((result if share else None, error), SERVER_RANK)
-        if error is not None:
-            error.everywhere = True
-            raise error
-        return result if self.is_server else shared  # type: ignore[no-any-return]  # `work` returned it
-
-    def agree(self, error: FedmpiError | None) -> None:
-        """Collective. Each rank passes the error it met, or None; if any met one, all raise the lowest rank's."""
-        self.barrier()
-        errors = self._comm.allgather(error)
-        met = [rank for rank, each in enumerate(errors) if each is not None]
-        if not met:
-            return
-        first = errors[met[0]]
-        # the same on all ranks: nothing about it is a matter of ranks
-        raised = first if len(met) == self.size else type(first)(f"{first} (rank {met[0]} of {self.size})")
-        raised.everywhere = True
-        raise raised
-
-    def same_everywhere(self, facts: Mapping[str, object]) -> dict[str, dict[object, list[int]]]:
-        """Collective. Each rank passes facts; what differs comes back as fact -> value -> ranks that hold it."""
-        self.barrier()
-        held = self._comm.allgather(dict(facts))
-        differing: dict[str, dict[object, list[int]]] = {}
-        for name in facts:
-            values: dict[object, list[int]] = {}
-            for rank, theirs in enumerate(held):
-                values.setdefault(theirs.get(name), []).append(rank)
-            if len(values) > 1:
-                differing[name] = values
-        return differing
-
-    def require_same(self, facts: Mapping[str, object]) -> None:
-        """Collective.
-
-        Raises:
-            DisagreementError: on every rank, naming what differs, the values and the ranks that hold them.
-        """
-        differing = self.same_everywhere(facts)
-        if differing:
-            error = DisagreementError("; ".join(describe(name, values) for name, values in differing.items()))
-            error.everywhere = True
-            raise error
-
-    def on_every_rank(self, value: T) -> list[T]:
-        """Collective. The ranks' values, by rank, on every rank."""
-        self.barrier()
+    def _tell(self, value: T) -> list[T]:
         return self._comm.allgather(value)
 
     def ranks_of_node(self) -> list[int]:
@@ -269,17 +208,6 @@ class PackageProcessor:
         ranks = sorted(node.allgather(self.rank))
         node.Free()
         return ranks
-
-    def on_all(self, work: Callable[[], T]) -> T:
-        """Collective. `work` runs on every rank; a FedmpiError on any of them is raised on all."""
-        result: T | None = None
-        error: FedmpiError | None = None
-        try:
-            result = work()
-        except FedmpiError as raised:
-            error = raised
-        self.agree(error)
-        return result  # type: ignore[return-value]  # `work` returned it
 
     def leave(self, exit_code: int) -> int:
         """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""
@@ -397,12 +325,6 @@ def library_version() -> str:
     """The loaded MPI library in a few words, e.g. "MPICH 5.0.2" or "Open MPI 5.0.10"."""
     name, numbers = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, numbers))}"
-
-
-def describe(name: str, values: Mapping[Any, Sequence[int]]) -> str:
-    """One fact that differs, e.g. "torch is 2.2 on ranks 0, 2 but 2.4 on rank 1"."""
-    parts = [f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in values.items()]
-    return f"{name} is {' but '.join(parts)}"
 
 
 def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

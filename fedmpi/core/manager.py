@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmpi.core.comm import PackageProcessor, describe
+from fedmpi.core.agreement import describe
+from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.device import capability
 from fedmpi.core.errors import ConfigError
 from fedmpi.core.handler import SyncParameterServerHandler

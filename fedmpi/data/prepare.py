@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmpi.config import DataConfig, option, parse
+from fedmpi.config import DataConfig
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, FedmpiError, FilesystemError, PartitionError
 from fedmpi.core.files import remove_temps
 from fedmpi.core.lock import FileLock
@@ -23,6 +23,7 @@ from fedmpi.data.partition_file import default_partition, new_partition, partiti
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_pickle import manifest_path, write_partition
 from fedmpi.data.sources import obtain
+from fedmpi.options import option, parse
 
 PROG = "python -m fedmpi.data.prepare"
 

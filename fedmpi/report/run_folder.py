@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from fedmpi.config import PROVENANCE, RunConfig, parse, result_options, to_yaml
+from fedmpi.config import RunConfig
 from fedmpi.core.errors import ConfigError, FilesystemError
 from fedmpi.core.files import atomic_write
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.lock import FileLock
 from fedmpi.core.messages import RoundRecord
+from fedmpi.options import PROVENANCE, parse, result_options, to_yaml
 from fedmpi.report.history import History
 
 logger = logging.getLogger(__name__)

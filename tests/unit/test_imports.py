@@ -17,15 +17,16 @@ ALLOWED = {
     "__main__": {"launch", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
-    "launch": {"job", "config", "data", "logs", "core"},
-    "job": {"config", "data", "models", "report", "logs", "core", "__init__"},
+    "launch": {"job", "config", "options", "data", "logs", "core"},
+    "job": {"config", "options", "data", "models", "report", "logs", "core", "__init__"},
     # rooms beside each other
-    "report": {"config", "data", "core"},
-    "data": {"config", "core"},
+    "report": {"config", "options", "data", "core"},
+    "data": {"config", "options", "core"},
     "engines": set(),
     "models": {"core"},
     "logs": {"config"},
-    "config": {"core"},
+    "config": {"options", "core"},
+    "options": {"core"},
     # the machine
     "core": set(),
     # the door: loads any of these when first asked for

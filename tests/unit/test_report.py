@@ -19,12 +19,13 @@ import torch
 import yaml
 from torch import nn
 
-from fedmpi.config import RunConfig, parse, result_hash
+from fedmpi.config import RunConfig
 from fedmpi.core.errors import ConfigError, FilesystemError
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.messages import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.options import parse, result_hash
 from fedmpi.report import progress, run_folder
 from fedmpi.report.banner import banner
 from fedmpi.report.history import History, read_history
