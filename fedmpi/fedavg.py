@@ -28,7 +28,7 @@ from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.data.client_data import ClientData
-from fedmpi.engines.eager import EagerEngine
+from fedmpi.engines.choose import choose_engine
 from fedmpi.job import Algorithm
 
 
@@ -47,7 +47,8 @@ class FedAvgTrainer(ClientTrainer):
         super().__init__(model, device)
         self.data = data
         self.config = config
-        self.engine = EagerEngine(self.model, config.client_lr, config.client_momentum, config.client_weight_decay)
+        sgd = config.client_lr, config.client_momentum, config.client_weight_decay
+        self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd)
         self.memory_format = memory_format_of(self.model)
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -137,6 +137,7 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
             "mpi": library_version(),
             "ranks": net.size,
             "threads": machine.threads,
+            "engine": net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)[-1],
             "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
             **data,
         }

@@ -36,10 +36,12 @@ class ClientTrainer(ABC):
         round_idx: the round at hand.
         loss: mean training loss of the last `train`; NaN when it did not say.
         seed: the run's seed, set by the manager before the first round.
+        engine_note: how SGD steps are taken, for the record.
         single_client: whether this rank holds one client of its own, client rank - 1, and can train no other.
     """
 
     single_client = False
+    engine_note = "autograd"
 
     def __init__(self, model: nn.Module, cuda: bool | str | torch.device = False) -> None:
         """Takes over `model`.

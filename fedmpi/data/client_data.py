@@ -24,6 +24,11 @@ class ClientData:
         self._dataset = dataset
         self._partition = partition
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self._dataset.input_shape
+
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample counts of those clients."""
         return self._partition.sizes[client_ids]

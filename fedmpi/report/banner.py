@@ -48,7 +48,7 @@ def banner(
         f"trains: {', '.join(f'{count} x {device}' for device, count in devices.items())}, {threads}",
         f"data:   {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test samples;"
         f" {split} over {partition.num_clients:,} clients of {spread} (split {digest})",
-        f"model:  {config.model}, {num_parameters:,} vector entries",
+        f"model:  {config.model}, {num_parameters:,} vector entries; engine {provenance['engine']}",
         f"rounds: {config.rounds} with {config.clients_per_round} clients each; {config.local_epochs} local epoch"
         f"{'s' if config.local_epochs != 1 else ''},"
         f" batch {batch}, client lr {config.client_lr:g}, seed {config.seed}",

@@ -33,6 +33,7 @@ OPTIONS: list[tuple[str, Any, Any, Any]] = [
     ("model", "cnn", "2nn", "mine:net"),
     ("local_epochs", 1, 2, 3),
     ("batch_size", 10, 0, 20),
+    ("engine", "auto", "eager", "fused"),
     ("client_lr", 0.1, 0.2, 0.3),
     ("client_momentum", 0.0, 0.5, 0.9),
     ("client_weight_decay", 0.0, 0.1, 1e-4),

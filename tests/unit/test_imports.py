@@ -22,7 +22,7 @@ ALLOWED = {
     # rooms beside each other
     "report": {"config", "options", "data", "core"},
     "data": {"config", "options", "core"},
-    "engines": set(),
+    "engines": {"core"},
     "models": {"core"},
     "logs": {"config"},
     "config": {"options", "core"},
@@ -37,7 +37,9 @@ MPI = {"core.comm"}
 MEETS_MPI = {"core.client_manager", "core.clock", "core.manager", "core.server_manager", "job", "launch"}
 TORCH = {
     "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler", "core.layout",
-    "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data", "engines.eager", "fedavg",
+    "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data", "engines.choose",
+    "engines.eager",
+    "engines.fused", "fedavg",
     "job", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip
 
