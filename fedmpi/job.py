@@ -131,18 +131,24 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
         if net.on_root(lambda: folder is not None and folder.finished):
             logger.info("this very run is finished already: nothing to do")
             return EXIT_DONE
+        engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         provenance = {
             "fedmpi": __version__,
             "torch": str(torch.__version__),
             "mpi": library_version(),
             "ranks": net.size,
             "threads": machine.threads,
-            "engine": net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)[-1],
+            "engine": engines[-1],
             "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
             **data,
         }
         net.on_root(lambda: folder.begin(config, provenance) if folder else None)
-        facts = {"options": result_hash(config), "data set": dataset.sha256, "threads": machine.threads}
+        facts = {
+            "options": result_hash(config),
+            "data set": dataset.sha256,
+            "threads": machine.threads,
+            "engine": engines[net.rank] or engines[-1],
+        }
         evaluator = test_evaluator(dataset, machine.device, halves.memory_format)
         progress = Progress(config.rounds)
         manager = net.on_all(

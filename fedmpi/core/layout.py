@@ -13,8 +13,17 @@ def memory_format_of(model: nn.Module) -> torch.memory_format:
     """
     layers = list(model.modules())
     own = all(type(layer).__module__.startswith("torch.nn.") for layer in layers)
-    convolutional = any(isinstance(layer, nn.Conv2d) for layer in layers)
-    return torch.channels_last if own and convolutional else torch.preserve_format
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    safe = not any(needs_plain_layout(layer) for layer in convolutions)
+    return torch.channels_last if own and convolutions and safe else torch.preserve_format
+
+
+def needs_plain_layout(layer: nn.Conv2d) -> bool:
+    """Whether channels last gives it a wrong weight gradient on CPU: 1 x 1, strided, fewer than 8 input channels.
+
+    There oneDNN writes past a buffer of its own (uxlfoundation/oneDNN#6035).
+    """
+    return max(layer.kernel_size) == 1 and max(layer.stride) > 1 and layer.in_channels < 8 * layer.groups
 
 
 def laid_out(inputs: Tensor, memory_format: torch.memory_format) -> Tensor:

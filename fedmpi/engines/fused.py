@@ -14,7 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fedmpi.core.layout import needs_plain_layout
+
 _aten = torch.ops.aten
+
+_CACHED = 2**18
+"""Entries of a weight that a core's cache holds beside the rest."""
+
+_MANY_CHANNELS = 8
+"""From so many input channels on, a convolution on CPU is faster in the plain layout, the turning there and back
+included; below, and for pooling, channels last is."""
 
 
 class _Sgd:
@@ -60,6 +69,8 @@ class _Sgd:
 class _Linear:
     def __init__(self, layer: nn.Linear, sgd: _Sgd) -> None:
         self._weight, self._bias, self._sgd = layer.weight.data, None if layer.bias is None else layer.bias.data, sgd
+        rows = len(self._weight) if self._weight.device.type == "cuda" else max(1, _CACHED // layer.in_features)
+        self._blocks = torch.split(self._weight, rows)
         self._ones = self._weight.new_ones(0)
         self._inputs = self._weight
 
@@ -68,9 +79,14 @@ class _Linear:
         return nn.functional.linear(x, self._weight, self._bias)
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
-        dx = dy if first else dy.mm(self._weight)
-        dy_t = dy.t()
-        self._sgd.add_product(self._weight, dy_t, self._inputs)
+        dx = dy
+        dy_t, start = dy.t(), 0
+        for block in self._blocks:  # both uses of a block while it is in the cache
+            stop = start + len(block)
+            if not first:
+                dx = dx.addmm_(dy[:, start:stop], block) if start else dy[:, start:stop].mm(block)
+            self._sgd.add_product(block, dy_t[start:stop], self._inputs)
+            start = stop
         if self._bias is not None:
             if len(self._ones) != len(dy):
                 self._ones = dy.new_ones(len(dy))
@@ -84,22 +100,35 @@ class _Conv2d:
         assert not isinstance(layer.padding, str)  # see why_not
         self._where = (list(layer.stride), list(layer.padding), list(layer.dilation))
         self._groups = layer.groups
+        plain = needs_plain_layout(layer) or self._weight.shape[1] >= _MANY_CHANNELS
+        self._plain = plain and self._weight.device.type == "cpu"
         self._inputs = self._weight
 
     def forward(self, x: Tensor) -> Tensor:
-        self._inputs = x
-        return nn.functional.conv2d(x, self._weight, self._bias, *self._where, self._groups)
+        self._inputs = x.contiguous() if self._plain else x
+        y = nn.functional.conv2d(self._inputs, self._weight, self._bias, *self._where, self._groups)
+        return y.contiguous(memory_format=torch.channels_last) if self._plain else y
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
         sizes = None if self._bias is None else [len(self._bias)]
         mask = [not first, True, self._bias is not None]
         dx, dw, db = _aten.convolution_backward(
-            dy, self._inputs, self._weight, sizes, *self._where, False, [0, 0], self._groups, mask
+            dy.contiguous() if self._plain else dy,
+            self._inputs,
+            self._weight,
+            sizes,
+            *self._where,
+            False,
+            [0, 0],
+            self._groups,
+            mask,
         )
         self._sgd.add(self._weight, dw)
         if self._bias is not None:
             self._sgd.add(self._bias, db)
-        return dy if first else dx
+        if first:
+            return dy
+        return dx.contiguous(memory_format=torch.channels_last) if self._plain else dx  # type: ignore[no-any-return]  # torch.ops is untyped
 
 
 class _ReLU:
@@ -121,24 +150,23 @@ class _MaxPool2d:
         self._ceil_mode = layer.ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        self._inputs = x
-        y, self._indices = _aten.max_pool2d_with_indices(x, *self._how, self._ceil_mode)
+        self._inputs = x.contiguous(memory_format=torch.channels_last)
+        y, self._indices = _aten.max_pool2d_with_indices(self._inputs, *self._how, self._ceil_mode)
         return y  # type: ignore[no-any-return]  # torch.ops is untyped
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
         return _aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]  # torch.ops is untyped
-            dy, self._inputs, *self._how, self._ceil_mode, self._indices
+            dy.contiguous(memory_format=torch.channels_last), self._inputs, *self._how, self._ceil_mode, self._indices
         )
 
 
 class _Flatten:
     def forward(self, x: Tensor) -> Tensor:
         self._shape = x.shape
-        self._format = torch.channels_last if x.dim() == 4 and not x.is_contiguous() else torch.contiguous_format
         return x.flatten(1)
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
-        return dy.view(self._shape).contiguous(memory_format=self._format)
+        return dy.view(self._shape)
 
 
 _Layer = _Linear | _Conv2d | _ReLU | _MaxPool2d | _Flatten

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from fedmpi.core.errors import ModelError
 from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.vector import flatten
+from fedmpi.engines import fused
 from fedmpi.engines.choose import choose_engine
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine, why_not
@@ -30,7 +32,7 @@ def stacks(draw):
     shape, layers = (channels, side, side), []
     for _ in range(draw(st.integers(0, 2))):
         kernel, padding, stride = draw(st.integers(1, 3)), draw(st.integers(0, 1)), draw(st.integers(1, 2))
-        out, bias = draw(st.integers(1, 4)), draw(st.booleans())
+        out, bias = draw(st.sampled_from([1, 2, 4, 9])), draw(st.booleans())  # 9: the plain layout inside
         layers.append(nn.Conv2d(channels, out, kernel, stride, padding, bias=bias))
         channels, side = out, (side + 2 * padding - kernel) // stride + 1
         if draw(st.booleans()):
@@ -55,13 +57,15 @@ def stacks(draw):
     st.lists(st.integers(1, 7), min_size=1, max_size=4),
     st.sampled_from([0.0, 0.9]),
     st.sampled_from([0.0, 0.05]),
+    st.sampled_from([2**18, 16]),
 )
-def test_fused_equals_eager(stack, batch_sizes, momentum, weight_decay):
+def test_fused_equals_eager(stack, batch_sizes, momentum, weight_decay, cached):
     model, shape = stack
     assert why_not(model) is None
     twin = copy.deepcopy(model)
     vectors = flatten(model), flatten(twin)
-    engines = EagerEngine(model, 0.1, momentum, weight_decay), FusedEngine(twin, 0.1, momentum, weight_decay)
+    with mock.patch.object(fused, "_CACHED", cached):  # 16: a Linear in several blocks
+        engines = EagerEngine(model, 0.1, momentum, weight_decay), FusedEngine(twin, 0.1, momentum, weight_decay)
     classes = model[-1].out_features
     for n in batch_sizes:  # the last batch of an epoch is shorter
         inputs = laid_out(torch.randn(n, *shape), memory_format_of(model))

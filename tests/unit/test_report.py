@@ -149,14 +149,21 @@ def test_the_banner_says_what_runs_where_on_what() -> None:
         ("beta", "cuda:0", "H100"),
         ("beta", "cuda:0", "H100"),
     ]
-    provenance = {"fedmpi": "0.1", "torch": "2.4", "mpi": "MPICH 5", "partition_sha256": "ab" * 32, "threads": 2}
+    provenance = {
+        "fedmpi": "0.1",
+        "torch": "2.4",
+        "mpi": "MPICH 5",
+        "partition_sha256": "ab" * 32,
+        "threads": 2,
+        "engine": "fused",
+    }
     config = RunConfig(dataset="digits", num_clients=3, model="2nn", batch_size=0, local_epochs=2)
     assert banner("FedAvg", config, places, dataset, partition, 15010, provenance, Path("runs/x")) == [
         "fedmpi 0.1: FedAvg on MPICH 5, torch 2.4",
         "ranks:  4 on alpha (2), beta (2)",
         "trains: 1 x cpu (AVX2), 2 x cuda:0 (H100), 2 threads each",
         "data:   digits, 30 training and 30 test samples; iid over 3 clients of 8-12 (split abababababab)",
-        "model:  2nn, 15,010 vector entries",
+        "model:  2nn, 15,010 vector entries; engine fused",
         "rounds: 20 with 1 clients each; 2 local epochs, batch all, client lr 0.1, seed 0",
         "output: runs/x",
     ]
