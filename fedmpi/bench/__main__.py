@@ -1,0 +1,122 @@
+"""mpirun -n 3 python -m fedmpi.bench [CASE ...]: rounds against a bare loop, and this machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedmpi.bench.start import median_difference, seconds_to_round_0
+from fedmpi.core.ending import abort_on_crash
+from fedmpi.core.errors import EXIT_DONE, ConfigError, FedmpiError, LaunchError
+from fedmpi.core.files import atomic_write
+from fedmpi.core.launcher import missing_mpi_advice, speaks
+from fedmpi.data.sources import obtain
+from fedmpi.launch import leave
+from fedmpi.logs import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+TARGETS = {"2nn": 0.60, "cnn": 0.80, "k1000": 0.65, "k10000": 0.75}
+"""Median of fedmpi's time over the floor's that we hold ourselves to, with two trainers."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see python -m fedmpi.bench --help")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Collective. Returns the exit code."""
+    parser = _Parser(prog="python -m fedmpi.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(TARGETS)} (default: all of them)")
+    parser.add_argument("--pairs", type=int, default=5, help="timed blocks of each kind (default: 5)")
+    parser.add_argument("--starts", type=int, default=3, help="timed starts of each kind; 0: none (default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here too")
+    if {"-h", "--help"} & set(argv) and not speaks():
+        return EXIT_DONE
+    options, mistake, starts = None, None, dict[str, list[float]]()
+    try:
+        options = _checked(parser.parse_args(argv))
+        obtain("mnist", None)
+    except FedmpiError as error:
+        mistake = error
+    try:
+        from fedmpi.core.comm import PackageProcessor
+    except (ImportError, RuntimeError):
+        return leave(mistake or LaunchError(missing_mpi_advice()))
+    if options is not None and options.starts and speaks():
+        starts = seconds_to_round_0(3, options.starts)
+    try:
+        net = PackageProcessor()
+    except LaunchError as error:
+        return leave(mistake or error)
+    set_up_logging(net.rank, None)
+    with abort_on_crash(net):
+        net.agree(mistake)
+        if net.size < 3:
+            net.agree(ConfigError(f"the floor takes two trainer ranks: mpirun -n 3 or more, got {net.size}"))
+        assert options is not None
+        figures = _measure(net, options, starts)
+        if net.is_server and options.json:
+            atomic_write(Path(options.json), json.dumps(figures, indent=1).encode())
+        return EXIT_DONE
+    raise AssertionError("abort_on_crash does not return after a crash")
+
+
+def _checked(options: argparse.Namespace) -> argparse.Namespace:
+    for case in options.cases:
+        if case not in TARGETS:
+            raise ConfigError(f"CASE must be of {', '.join(TARGETS)}, got {case}")
+    for name, least in (("pairs", 1), ("starts", 0)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} must be {least} or more, got {getattr(options, name)}")
+    return options
+
+
+def _measure(net: Any, options: argparse.Namespace, starts: dict[str, list[float]]) -> dict[str, Any]:
+    """Collective. All figures, and their lines as they come, on the server."""
+    from fedmpi.bench import machine
+    from fedmpi.bench.cases import CASES
+    from fedmpi.bench.rounds import FLOOR_RANKS, CaseBench
+
+    pair = net.split(int(net.rank in FLOOR_RANKS))
+    figures: dict[str, Any] = {"machine": machine.facts(net), "limits": machine.limits(net), "cases": {}}
+    _say("machine: %s", ", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
+    _say("limits:  %s", ", ".join(f"{name} {value:.3g}" for name, value in figures["limits"].items()))
+    if starts:
+        figures["start"] = starts
+        medians = {name: statistics.median(spent) for name, spent in starts.items()}
+        _say(
+            "start:   round 0 begins %.2f s after mpirun, a bare import torch + barrier takes %.2f s: %+.2f s",
+            medians["fedmpi"], medians["bare"], median_difference(starts),
+        )  # fmt: skip
+    _say("%-8s %10s %10s %22s %7s %18s %6s %9s", "case", "fedmpi s", "floor s", "ratio (min-max)", "target",
+         "accuracy, floor's", "idle", "ms/client")  # fmt: skip
+    for name in options.cases or TARGETS:
+        rounds = CaseBench(net, pair, CASES[name]).run(options.pairs)
+        ratios = rounds.ratios
+        _say(
+            "%-8s %10.3f %10.3f %8.3f (%.3f-%.3f) %7.2f %8.2f %% %6.2f %% %4.0f %% %9.3f%s",
+            name, statistics.median(rounds.fedmpi_s), statistics.median(rounds.floor_s), statistics.median(ratios),
+            min(ratios), max(ratios), TARGETS[name], 100 * rounds.accuracy[0], 100 * rounds.accuracy[1],
+            100 * rounds.idle_share, rounds.client_ms, "   noisy" if rounds.noisy else "",
+        )  # fmt: skip
+        _say("         engine %s; floor %s", rounds.engine, rounds.floor)
+        figures["cases"][name] = {**vars(rounds), "ratios": ratios, "noisy": rounds.noisy}
+    figures["pss MB"] = machine.pss_mb(net)
+    _say("memory:  %.0f MB over all ranks (PSS), by rank %s", sum(figures["pss MB"]), figures["pss MB"])
+    return figures
+
+
+def _say(line: str, *values: object) -> None:
+    logger.info(line, *values)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""A case's rounds, fedmpi's and the floor's in turns, on the same ranks in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedmpi.bench.cases import Case
+from fedmpi.bench.floor import BareLoop
+from fedmpi.core.comm import PackageProcessor
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import RoundRecord
+from fedmpi.core.vector import SerializationTool
+from fedmpi.data.client_data import ClientData, normalised, test_evaluator
+from fedmpi.data.datasets import load_dataset
+from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.fedavg import FEDAVG
+from fedmpi.job import Halves, build_halves, build_manager, find_machine, share_partition
+
+FLOOR_RANKS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a case came to, on the server; times are seconds a round.
+
+    Attributes:
+        fedmpi_s: fedmpi's, one for each block.
+        floor_s: the floor's, one for each block.
+        accuracy: test accuracy after a block: fedmpi's, the floor's.
+        idle_share: fedmpi's, in [0, 1].
+        client_ms: what a client costs beside its steps: read, shuffle, reset, accumulate, report.
+        engine: what took fedmpi's steps.
+        floor: the fastest form of the floor's step.
+    """
+
+    fedmpi_s: list[float]
+    floor_s: list[float]
+    accuracy: tuple[float, float]
+    idle_share: float
+    client_ms: float
+    engine: str
+    floor: str
+
+    @property
+    def ratios(self) -> list[float]:
+        """fedmpi's time over the floor's, block by block."""
+        return [mine / floor for mine, floor in zip(self.fedmpi_s, self.floor_s, strict=True)]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the floor's own times differ by more than a quarter."""
+        return max(self.floor_s) > 1.25 * min(self.floor_s)
+
+
+class _Records(list[RoundRecord]):
+    """Keeps what the round loop reports."""
+
+    on_round = list.append
+
+    def on_end(self, handler: SyncParameterServerHandler) -> None:
+        """Nothing."""
+
+
+class _NoSteps:
+    """An engine that does nothing, to see what is left."""
+
+    def reset(self) -> None: ...
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class CaseBench:
+    """One case, ready to run on all ranks."""
+
+    def __init__(self, net: PackageProcessor, pair: PackageProcessor, case: Case) -> None:
+        """Collective.
+
+        Args:
+            net: all ranks.
+            pair: among `FLOOR_RANKS`, the two of them.
+            case: what to run.
+        """
+        self._net, self._config = net, case.config
+        machine = find_machine(net, self._config)
+        self._dataset = net.on_all(lambda: load_dataset("mnist", None))
+        self._partition, _ = share_partition(net, self._config, self._dataset)
+        self._halves = build_halves(net, FEDAVG, self._config, self._dataset, self._partition, machine.device)
+        half = self._halves.trainer or self._halves.handler
+        assert half is not None
+        self._initial = half.model_parameters.clone()
+        self._evaluator = test_evaluator(self._dataset, machine.device, self._halves.memory_format)
+        self._floor = self._bare_loop(pair, machine.device) if net.rank in FLOOR_RANKS else None
+
+    def run(self, pairs: int) -> Rounds:
+        """Collective. `pairs` timed blocks of each in turns, after one of each that is not counted."""
+        fedmpi_s, floor_s, records = [], [], _Records()
+        for pair in range(pairs + 1):
+            mine, records = self._block()
+            floor, floor_accuracy = self._floor_block()
+            if pair:
+                fedmpi_s.append(mine)
+                floor_s.append(floor)
+        trainer = self._halves.trainer
+        client_ms = 0.0
+        if trainer is not None:
+            trainer.engine, steps = _NoSteps(), trainer.engine  # type: ignore[attr-defined]  # FedAvgTrainer has one
+        idle, _ = self._block()
+        _, empty = self._block()
+        if trainer is not None:
+            trainer.engine = steps  # type: ignore[attr-defined]  # as above
+        if self._net.is_server:
+            clients = -(-self._config.clients_per_round // self._net.num_trainers)
+            client_ms = 1e3 * float(np.median([record.timings["train_s"] for record in empty])) / clients
+        notes = self._net.on_every_rank(trainer.engine_note if trainer else "")  # type: ignore[attr-defined]  # as above
+        forms = self._net.on_every_rank(self._floor.form if self._floor else "")
+        return Rounds(
+            fedmpi_s,
+            floor_s,
+            ((records[-1].accuracy or 0.0) if records else 0.0, floor_accuracy),
+            float(np.mean([record.timings["idle_share"] for record in records])) if records else 0.0,
+            client_ms,
+            notes[-1],
+            " / ".join(sorted({form for form in forms if form})),
+        )
+
+    def _block(self) -> tuple[float, _Records]:
+        """Collective. fedmpi's rounds from the initial weights: seconds a round and the records, on the server."""
+        records, halves = _Records(), self._halves
+        if halves.handler is not None:
+            SerializationTool.deserialize_model(halves.handler.model, self._initial)
+            handler = FEDAVG.handler(halves.handler.model, self._config)
+            halves = dataclasses.replace(halves, handler=handler)
+        build_manager(self._net, self._config, halves, self._evaluator, {}, [records]).run()
+        self._net.over = False  # the job goes on
+        return sum(record.timings["round_s"] for record in records) / self._config.rounds, records
+
+    def _floor_block(self) -> tuple[float, float]:
+        """Collective. The floor's rounds with the same cohorts: seconds a round, and the accuracy at the end."""
+        self._net.barrier()
+        spent_ns, accuracy = 0, 0.0
+        if self._floor is not None:
+            self._floor.vector.copy_(self._initial)
+            handler = FEDAVG.handler(torch.nn.Linear(1, 1), self._config)
+            handler.client_sizes = self._partition.sizes
+            begun = time.perf_counter_ns()
+            for handler.round_idx in range(self._config.rounds):
+                self._floor.round(handler.sample_clients().tolist())
+                accuracy = self._floor.evaluate()
+            spent_ns = time.perf_counter_ns() - begun
+        seconds = self._net.max_of(spent_ns) / 1e9 / self._config.rounds
+        return seconds, self._net.max_of(round(1e6 * accuracy)) / 1e6
+
+    def _bare_loop(self, pair: PackageProcessor, device: torch.device) -> BareLoop:
+        data = ClientData(self._dataset, PartitionIndex(self._partition.offsets, self._partition.indices))
+        return BareLoop(
+            FEDAVG_MODEL(self._config, self._dataset),
+            [data.load(client_id, device) for client_id in range(self._partition.num_clients)],
+            normalised(self._dataset, self._dataset.test, slice(None), device),
+            FLOOR_RANKS.index(self._net.rank),
+            len(FLOOR_RANKS),
+            pair.sum_all,
+            self._config.client_lr,
+            self._config.batch_size,
+        )

@@ -1,0 +1,106 @@
+"""What a job takes: memory of the server, cores of ranks without work, messages beyond 2 GiB. Minutes and gigabytes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+MANY = "--dataset synthetic --num-clients 1000 --batch-size 0 --eval-every 1000".split()
+
+
+def memory_mb(pid: int, key: str) -> float:
+    """VmRSS or VmHWM of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_of_server(running) -> float:
+    """VmHWM of rank 0 just before it leaves, in MB."""
+    peak = 0.0
+    while running.process.poll() is None:
+        try:
+            server = min(running.ranks())
+            peak = max(peak, memory_mb(server, "VmHWM"))
+        except (ValueError, OSError, StopIteration):
+            pass  # before the ranks are there, or as they leave
+        time.sleep(0.1)
+    result = running.end()
+    assert result.code == 0, result.text
+    return peak
+
+
+@pytest.mark.parametrize("collect", ["reduce", "gather"])
+def test_the_servers_memory_does_not_grow_with_the_cohort(start, collect):
+    """490 further models of 6.7 MB would be 3.3 GB."""
+    args = (*MANY, "--model", "cnn", "--rounds", "2", "--collect", collect)
+    few, many = (peak_of_server(start(3, *args, "--cohort-size", k, name=k)) for k in ("10", "500"))
+    assert many - few < 30, (few, many)
+
+
+def test_memory_does_not_grow_with_time(start):
+    running = start(3, *MANY, "--model", "2nn", "--cohort-size", "10", "--rounds", "321")
+    used = {}
+    for number in (20, 320):
+        running.wait_for_round(number, limit_s=600)
+        used[number] = [memory_mb(pid, "VmRSS") for pid in running.ranks()]
+    assert running.end().code == 0
+    growth = [after - before for before, after in zip(used[20], used[320], strict=True)]
+    assert max(growth) < 15, used
+
+
+def test_ranks_without_work_leave_the_cores_alone(start):
+    """One client a round: six of seven trainers wait."""
+    args = "--dataset mnist --model cnn --cohort-size 1 --rounds 4 --eval-every 100".split()
+    seconds = {}
+    for num_ranks in (2, 8):
+        running = start(num_ranks, *args, name=f"n{num_ranks}")
+        running.wait_for_round(1)
+        begun, spent = time.monotonic(), {pid: -cpu_seconds(pid) for pid in running.ranks()}
+        running.wait_for_round(3)
+        seconds[num_ranks] = time.monotonic() - begun
+        shares = sorted((spent[pid] + cpu_seconds(pid)) / seconds[num_ranks] for pid in spent)
+        assert running.end().code == 0
+        assert all(share < 0.05 for share in shares[: num_ranks - 3]), shares  # two clients may have had two trainers
+    assert seconds[8] < 1.2 * seconds[2], seconds
+
+
+LARGE = """
+import sys
+import numpy as np
+import fedmpi
+net = fedmpi.PackageProcessor()
+with fedmpi.abort_on_crash(net):
+    for count, dtype in ((2**29 + 16, np.float32), (2**31 + 16, np.int8)):
+        probes = [0, 2**28 - 1, 2**28, 2**29 - 1, 2**29, count - 1]
+        vector = np.zeros(count, dtype)
+        if net.is_server:
+            vector[probes] = range(1, 7)
+        net.bcast_vector(vector)
+        assert vector[probes].tolist() == [1, 2, 3, 4, 5, 6], vector[probes]
+        assert np.count_nonzero(vector) == 6
+    sums = np.full(2**28 + 16, 2**40, np.int64)
+    net.reduce_sum(sums)
+    assert not net.is_server or (sums == net.size * 2**40).all()
+    del sums
+    rows = np.full((1, 2**28 + 16), net.rank, np.float32)
+    arrived = net.gather_rows(rows)
+    assert not net.is_server or (arrived == np.arange(net.size, dtype=np.float32)[:, None]).all()
+sys.exit(0)
+"""
+
+
+def test_buffers_beyond_2_gib(job, tmp_path):
+    (tmp_path / "large.py").write_text(LARGE)
+    result = job(2, program=("large.py",), limit_s=600)
+    assert result.code == 0, result.text
