@@ -59,18 +59,17 @@ class FedAvgTrainer(ClientTrainer):
         """ClientUpdate(k, w): B <- batches of size B; for each epoch, for each batch b: w <- w - lr grad l(w; b)."""
         self.model_parameters.copy_(model_parameters)
         self.engine.reset()
-        inputs, labels = self.data.load(self.client_id, self.device)
-        if not len(labels):
+        (n,) = self.num_samples(np.array([self.client_id])).tolist()
+        if not n:
             return
         shuffles = torch.Generator().manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
-        batch_size = self.config.batch_size or len(labels)
         losses = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
-            order = torch.randperm(len(labels), generator=shuffles).to(self.device)
-            shuffled = laid_out(inputs[order], self.memory_format), labels[order]
-            batches = zip(*(torch.split(each, batch_size) for each in shuffled), strict=True)
+            inputs, labels = self.data.load(self.client_id, torch.randperm(n, generator=shuffles).numpy())
+            shuffled = laid_out(inputs, self.memory_format), labels
+            batches = zip(*(torch.split(each, self.config.batch_size or n) for each in shuffled), strict=True)
             losses += [self.engine.step(x, y) for x, y in batches]
-        self.loss = float(torch.stack(losses).double().mean()) if losses else math.nan
+        self.loss = math.fsum(torch.stack(losses).tolist()) / len(losses) if losses else math.nan
 
 
 def fedavg_handler(model: nn.Module, config: RunConfig) -> SyncParameterServerHandler:

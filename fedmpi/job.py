@@ -1,6 +1,6 @@
 """A job inside MPI: device -> data -> the algorithm's halves -> run folder -> manager -> run.
 
-Every function that communicates is collective; only `_build_manager` and `_halves` look at the role of a rank.
+Every function that communicates is collective; only `build_manager` and `build_halves` look at the role of a rank.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
     """
     module, _, name = algorithm.partition(":")
     recipe: Algorithm = getattr(importlib.import_module(module), name)
-    machine = _find_machine(net, config)
+    machine = find_machine(net, config)
     dataset = net.on_all(lambda: load_dataset(config.dataset, config.data_dir))
-    partition, split = _share_partition(net, config, dataset)
-    halves = net.on_all(lambda: _build_halves(net, recipe, config, dataset, partition, machine.device))
+    partition, split = share_partition(net, config, dataset)
+    halves = net.on_all(lambda: build_halves(net, recipe, config, dataset, partition, machine.device))
     data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
     folder = net.on_root(lambda: RunFolder(config, data), share=False)
     try:
@@ -152,7 +152,7 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
         evaluator = test_evaluator(dataset, machine.device, halves.memory_format)
         progress = Progress(config.rounds)
         manager = net.on_all(
-            lambda: _build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])
+            lambda: build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])
         )
         if machine.warning:
             logger.warning("%s", machine.warning)
@@ -170,7 +170,7 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
             folder.close()
 
 
-def _find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
+def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     """Collective. This rank's device, opened, and everybody's for the banner."""
     node = net.ranks_of_node()
     host = socket.gethostname()
@@ -192,7 +192,7 @@ def _find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     return Machine(device, threads, places, warning if net.rank == node[0] else None)
 
 
-def _share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
+def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
     """Collective. The split, found or made by the server and sent to all, and its SHA-256."""
     held: list[PartitionIndex] = []
 
@@ -207,7 +207,7 @@ def _share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset)
     return PartitionIndex(net.bcast_vector(offsets), net.bcast_vector(indices)), sha256
 
 
-def _build_halves(
+def build_halves(
     net: PackageProcessor,
     recipe: Algorithm,
     config: RunConfig,
@@ -216,18 +216,20 @@ def _build_halves(
     device: torch.device,
 ) -> Halves:
     """The server half on rank 0, the client half on the others, both on a lone rank."""
-
-    def new_model() -> torch.nn.Module:
-        seed_everything(derive_seed(config.seed, Stream.INIT))  # the same weights on every rank, frozen ones too
-        return build_model(config.model, dataset.input_shape, dataset.num_classes)
-
-    handler = recipe.handler(new_model(), config) if net.is_server else None
-    trains = not net.is_server or net.size == 1
-    trainer = recipe.trainer(new_model(), ClientData(dataset, partition), config, device) if trains else None
+    handler = recipe.handler(initial_model(config, dataset), config) if net.is_server else None
+    trainer = None
+    if not net.is_server or net.size == 1:
+        trainer = recipe.trainer(initial_model(config, dataset), ClientData(dataset, partition, device), config, device)
     return Halves(handler, trainer)
 
 
-def _build_manager(
+def initial_model(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
+    """The model of round 0: the same weights on every rank, frozen ones too."""
+    seed_everything(derive_seed(config.seed, Stream.INIT))
+    return build_model(config.model, dataset.input_shape, dataset.num_classes)
+
+
+def build_manager(
     net: PackageProcessor,
     config: RunConfig,
     halves: Halves,

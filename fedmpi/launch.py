@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from fedmpi.config import RunConfig
 from fedmpi.core.ending import abort_on_crash, say_error
@@ -19,6 +20,11 @@ from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
 from fedmpi.logs import set_up_logging
 from fedmpi.options import parse
+
+if TYPE_CHECKING:
+    from fedmpi.core.comm import PackageProcessor
+
+T = TypeVar("T")
 
 
 def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:
@@ -32,24 +38,50 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
     Returns:
         The exit code: 0 done, 2 a mistake of the user's, 3 diverged; a crash ends all ranks with 1.
     """
+    words = sys.argv[1:] if argv is None else argv
+    module = algorithm.partition(":")[0]
+
+    def prepare() -> RunConfig:
+        config = parse(
+            config_class, words, f"python -m {module}", f"{module}: one federated training run as one MPI job"
+        )
+        _before_mpi(config)
+        return config
+
+    def job(net: PackageProcessor, config: RunConfig) -> int:
+        from fedmpi.job import run_job
+
+        set_up_logging(net.rank, config)
+        return run_job(net, algorithm, config)
+
+    return start(words, prepare, job)
+
+
+def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageProcessor, T], int]) -> int:
+    """Collective if started by mpirun. Prepare without MPI, start MPI, agree on mistakes, run the job.
+
+    Args:
+        argv: the arguments; for `--help` only one process prepares.
+        prepare: what to do before MPI starts; a FedmpiError of any rank ends all with one line.
+        job: what to do then, with the result of `prepare`; returns the exit code.
+
+    Returns:
+        The exit code.
+    """
     try:
-        return _main(algorithm, config_class, sys.argv[1:] if argv is None else argv)
+        return _start(argv, prepare, job)
     except KeyboardInterrupt:  # before MPI started; later `abort_on_crash` sees it first
         if speaks():
             say_error("interrupted (Ctrl-C)")
         return EXIT_INTERRUPTED
 
 
-def _main(algorithm: str, config_class: type[RunConfig], argv: Sequence[str]) -> int:
-    module = algorithm.partition(":")[0]
+def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageProcessor, T], int]) -> int:
     if {"-h", "--help"} & set(argv) and not speaks():
         return EXIT_DONE
-    config, mistake = None, None
+    prepared, mistake = None, None
     try:
-        config = parse(
-            config_class, argv, f"python -m {module}", f"{module}: one federated training run as one MPI job"
-        )
-        _before_mpi(config)
+        prepared = prepare()
     except FedmpiError as error:
         mistake = error
     try:
@@ -62,13 +94,11 @@ def _main(algorithm: str, config_class: type[RunConfig], argv: Sequence[str]) ->
         net = PackageProcessor()
     except LaunchError as error:
         return _leave(mistake or error)
-    set_up_logging(net.rank, config)
+    set_up_logging(net.rank, None)
     with abort_on_crash(net):
         net.agree(mistake)
-        assert config is not None
-        from fedmpi.job import run_job
-
-        return run_job(net, algorithm, config)
+        assert prepared is not None
+        return job(net, prepared)
     raise AssertionError("abort_on_crash does not return after a crash")
 
 

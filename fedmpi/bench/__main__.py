@@ -9,18 +9,19 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmpi.bench.start import median_difference, seconds_to_round_0
-from fedmpi.core.ending import abort_on_crash
-from fedmpi.core.errors import EXIT_DONE, ConfigError, FedmpiError, LaunchError
+from fedmpi.core.errors import EXIT_DONE, ConfigError
 from fedmpi.core.files import atomic_write
-from fedmpi.core.launcher import missing_mpi_advice, speaks
+from fedmpi.core.launcher import speaks
 from fedmpi.data.sources import obtain
-from fedmpi.launch import leave
-from fedmpi.logs import set_up_logging
+from fedmpi.launch import start
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from fedmpi.core.comm import PackageProcessor
+
+logger = logging.getLogger("fedmpi.bench")
 
 TARGETS = {"2nn": 0.60, "cnn": 0.80, "k1000": 0.65, "k10000": 0.75}
 """Median of fedmpi's time over the floor's that we hold ourselves to, with two trainers."""
@@ -38,35 +39,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=5, help="timed blocks of each kind (default: 5)")
     parser.add_argument("--starts", type=int, default=3, help="timed starts of each kind; 0: none (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here too")
-    if {"-h", "--help"} & set(argv) and not speaks():
-        return EXIT_DONE
-    options, mistake, starts = None, None, dict[str, list[float]]()
-    try:
+
+    def prepare() -> tuple[argparse.Namespace, dict[str, list[float]]]:
         options = _checked(parser.parse_args(argv))
         obtain("mnist", None)
-    except FedmpiError as error:
-        mistake = error
-    try:
-        from fedmpi.core.comm import PackageProcessor
-    except (ImportError, RuntimeError):
-        return leave(mistake or LaunchError(missing_mpi_advice()))
-    if options is not None and options.starts and speaks():
-        starts = seconds_to_round_0(3, options.starts)
-    try:
-        net = PackageProcessor()
-    except LaunchError as error:
-        return leave(mistake or error)
-    set_up_logging(net.rank, None)
-    with abort_on_crash(net):
-        net.agree(mistake)
-        if net.size < 3:
-            net.agree(ConfigError(f"the floor takes two trainer ranks: mpirun -n 3 or more, got {net.size}"))
-        assert options is not None
-        figures = _measure(net, options, starts)
-        if net.is_server and options.json:
-            atomic_write(Path(options.json), json.dumps(figures, indent=1).encode())
-        return EXIT_DONE
-    raise AssertionError("abort_on_crash does not return after a crash")
+        return options, seconds_to_round_0(3, options.starts) if options.starts and speaks() else {}
+
+    return start(argv, prepare, _run)
+
+
+def _run(net: PackageProcessor, prepared: tuple[argparse.Namespace, dict[str, list[float]]]) -> int:
+    options, starts = prepared
+    if net.size < 3:
+        net.agree(ConfigError(f"the floor takes two trainer ranks: mpirun -n 3 or more, got {net.size}"))
+    figures = _measure(net, options, starts)
+    if net.is_server and options.json:
+        atomic_write(Path(options.json), json.dumps(figures, indent=1).encode())
+    return net.leave(EXIT_DONE)
 
 
 def _checked(options: argparse.Namespace) -> argparse.Namespace:
@@ -79,7 +68,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
-def _measure(net: Any, options: argparse.Namespace, starts: dict[str, list[float]]) -> dict[str, Any]:
+def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[str, list[float]]) -> dict[str, Any]:
     """Collective. All figures, and their lines as they come, on the server."""
     from fedmpi.bench import machine
     from fedmpi.bench.cases import CASES

@@ -88,7 +88,7 @@ class BareLoop:
         inputs, labels = (each.tensor_split(self._num_shares)[self._share] for each in self._test)
         correct = np.zeros(1, np.float32)
         with torch.no_grad():
-            for x, y in zip(inputs.split(self._evaluation_batch), labels.split(self._evaluation_batch), strict=True):
+            for x, y in zip(*(torch.split(each, self._evaluation_batch) for each in (inputs, labels)), strict=True):
                 correct += int((self._model(x).argmax(1) == y).sum())
         self._sum_all(correct)
         return float(correct[0]) / len(self._test[1])
@@ -140,7 +140,7 @@ class BareLoop:
         with torch.no_grad():
             for _ in range(3):
                 begun = time.perf_counter()
-                for x in inputs.split(batch):
+                for x in torch.split(inputs, batch):
                     self._model(x)
                 spent.append(time.perf_counter() - begun)
         return min(spent)

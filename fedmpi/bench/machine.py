@@ -21,7 +21,9 @@ _VECTOR = 1_663_370  # entries of the CNN's vector
 def facts(net: PackageProcessor) -> dict[str, object]:
     """Collective. What the figures were measured on, on the server."""
     cores = cores_of_node(net.on_every_rank(affinity()), cgroup_quota(), slurm_allocation())
-    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+    )
     return {
         "cpu": cpu or platform.processor(),
         "cores": cores,

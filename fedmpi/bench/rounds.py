@@ -15,11 +15,10 @@ from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.messages import RoundRecord
 from fedmpi.core.vector import SerializationTool
-from fedmpi.data.client_data import ClientData, normalised, test_evaluator
+from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
-from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.fedavg import FEDAVG
-from fedmpi.job import Halves, build_halves, build_manager, find_machine, share_partition
+from fedmpi.job import build_halves, build_manager, find_machine, initial_model, share_partition
 
 FLOOR_RANKS = (1, 2)
 
@@ -48,7 +47,7 @@ class Rounds:
 
     @property
     def ratios(self) -> list[float]:
-        """fedmpi's time over the floor's, block by block."""
+        """Time of fedmpi over the floor's, block by block."""
         return [mine / floor for mine, floor in zip(self.fedmpi_s, self.floor_s, strict=True)]
 
     @property
@@ -60,7 +59,9 @@ class Rounds:
 class _Records(list[RoundRecord]):
     """Keeps what the round loop reports."""
 
-    on_round = list.append
+    def on_round(self, record: RoundRecord) -> None:
+        """One more."""
+        self.append(record)
 
     def on_end(self, handler: SyncParameterServerHandler) -> None:
         """Nothing."""
@@ -110,14 +111,13 @@ class CaseBench:
         client_ms = 0.0
         if trainer is not None:
             trainer.engine, steps = _NoSteps(), trainer.engine  # type: ignore[attr-defined]  # FedAvgTrainer has one
-        idle, _ = self._block()
         _, empty = self._block()
         if trainer is not None:
             trainer.engine = steps  # type: ignore[attr-defined]  # as above
         if self._net.is_server:
             clients = -(-self._config.clients_per_round // self._net.num_trainers)
             client_ms = 1e3 * float(np.median([record.timings["train_s"] for record in empty])) / clients
-        notes = self._net.on_every_rank(trainer.engine_note if trainer else "")  # type: ignore[attr-defined]  # as above
+        notes = self._net.on_every_rank(trainer.engine_note if trainer else "")
         forms = self._net.on_every_rank(self._floor.form if self._floor else "")
         return Rounds(
             fedmpi_s,
@@ -157,11 +157,11 @@ class CaseBench:
         return seconds, self._net.max_of(round(1e6 * accuracy)) / 1e6
 
     def _bare_loop(self, pair: PackageProcessor, device: torch.device) -> BareLoop:
-        data = ClientData(self._dataset, PartitionIndex(self._partition.offsets, self._partition.indices))
+        data = ClientData(self._dataset, self._partition, device)
         return BareLoop(
-            FEDAVG_MODEL(self._config, self._dataset),
-            [data.load(client_id, device) for client_id in range(self._partition.num_clients)],
-            normalised(self._dataset, self._dataset.test, slice(None), device),
+            initial_model(self._config, self._dataset),
+            [data.load(client_id) for client_id in range(self._partition.num_clients)],
+            Samples(self._dataset, self._dataset.test, device).take(np.arange(len(self._dataset.test))),
             FLOOR_RANKS.index(self._net.rank),
             len(FLOOR_RANKS),
             pair.sum_all,

@@ -186,6 +186,11 @@ class PackageProcessor(Agreement):
         self._gather(_as_bytes(values), _as_bytes(arrived), counts * 8)
         return arrived
 
+    def sum_all(self, values: NDArray[Any]) -> None:
+        """Collective. Every rank's buffer becomes the sum over all of them; float sums depend on the ranks."""
+        for piece in _pieces(values):
+            self._wait(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
+
     def barrier(self) -> None:
         """Collective. Returns when all ranks are here."""
         self._wait(self._comm.Ibarrier())
@@ -208,6 +213,12 @@ class PackageProcessor(Agreement):
         ranks = sorted(node.allgather(self.rank))
         node.Free()
         return ranks
+
+    def split(self, group: int) -> PackageProcessor:
+        """Collective. A communicator of its own for the ranks that pass the same `group`, in the order of this one."""
+        comm = self._comm.Split(group, self.rank)
+        assert isinstance(comm, MPI.Intracomm)
+        return PackageProcessor(comm)
 
     def leave(self, exit_code: int) -> int:
         """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""

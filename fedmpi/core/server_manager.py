@@ -86,6 +86,7 @@ class ServerManager(NetworkManager):
         if trainer is not None:
             trainer.seed = seed
         self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
+        self._clock = RoundClock(self.net)  # the first round starts now
 
     def next_order(self) -> Order:
         """Evaluate if that is due, else train, else send everybody home."""

@@ -19,48 +19,63 @@ from fedmpi.data.partition_index import PartitionIndex
 class ClientData:
     """The training set cut by a split. Samples stay in the memory-mapped file until their client is visited."""
 
-    def __init__(self, dataset: Dataset, partition: PartitionIndex) -> None:
-        """`partition` holds indices into `dataset.train`."""
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, partition: PartitionIndex, device: torch.device) -> None:
+        """`partition` holds indices into `dataset.train`; clients are trained on `device`."""
+        self._samples = Samples(dataset, dataset.train, device)
         self._partition = partition
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
-        return self._dataset.input_shape
+        self.input_shape = dataset.input_shape
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample counts of those clients."""
-        return self._partition.sizes[client_ids]
+        offsets = self._partition.offsets
+        return offsets[client_ids + 1] - offsets[client_ids]
 
-    def load(self, client_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(n, ...) float32 normalised inputs and (n,) int64 labels of one client, in buffers of their own."""
+    def load(self, client_id: int, order: NDArray[np.int64] | None = None) -> tuple[Tensor, Tensor]:
+        """(n, ...) float32 normalised inputs and (n,) int64 labels of one client, in buffers of their own.
+
+        Args:
+            client_id: the client.
+            order: permutation of its samples; None: as the split lists them.
+        """
         indices = self._partition[client_id]
-        return normalised(self._dataset, self._dataset.train, indices, device)
+        return self._samples.take(indices if order is None else indices[order])
 
 
 def test_evaluator(dataset: Dataset, device: torch.device, memory_format: torch.memory_format) -> Evaluator:
     """Evaluates a model on the test split, images in that layout."""
+    samples = Samples(dataset, dataset.test, device)
 
     def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = normalised(dataset, dataset.test, slice(start, stop), device)
+        inputs, labels = samples.take(np.arange(start, stop))
         return laid_out(inputs, memory_format), labels
 
     return Evaluator(len(dataset.test), load)
 
 
-def normalised(
-    dataset: Dataset, split: Split, indices: NDArray[np.int64] | slice, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Samples `indices` of `split` on `device`: (x / 255 - mean) / std for uint8, (x - mean) / std for float32."""
-    raw = torch.from_numpy(np.require(split.x[indices], requirements=["C", "W"]))
-    labels = torch.from_numpy(np.require(split.y[indices], requirements=["C", "W"]))
-    if device.type == "cuda":
-        raw, labels = raw.pin_memory(), labels.pin_memory()
-    inputs = raw.to(device, non_blocking=True).to(torch.float32)
-    shape = (1, -1) + (1,) * (inputs.dim() - 2)
-    scale = 255.0 if split.x.dtype == np.uint8 else 1.0
-    mean = torch.tensor(dataset.mean, device=device).view(shape)
-    std = torch.tensor(dataset.std, device=device).view(shape)
-    inputs.sub_(mean * scale).div_(std * scale)
-    return inputs, labels.to(device, non_blocking=True)
+class Samples:
+    """One split of a data set, read as a model sees it: (x / 255 - mean) / std for uint8, (x - mean) / std for float32.
+
+    A GPU holds the split as it is stored, if half of its free memory does; its batches then never cross the bus.
+    """
+
+    def __init__(self, dataset: Dataset, split: Split, device: torch.device) -> None:
+        """Samples of `split` on `device`."""
+        self._x, self._y, self._device = np.asarray(split.x), np.asarray(split.y), device  # a memmap is slow to index
+        scale = 255.0 if split.x.dtype == np.uint8 else 1.0
+        shape = (1, -1) + (1,) * (split.x.ndim - 2)
+        self._mean = torch.tensor(dataset.mean, device=device).view(shape) * scale
+        self._std = torch.tensor(dataset.std, device=device).view(shape) * scale
+        self._resident: tuple[Tensor, Tensor] | None = None
+        if device.type == "cuda" and split.x.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+            self._resident = torch.tensor(split.x, device=device), torch.tensor(split.y, device=device)
+
+    def take(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """(n, ...) float32 inputs and (n,) int64 labels, in that order."""
+        if self._resident is not None:
+            chosen = torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)
+            raw, labels = (each.index_select(0, chosen) for each in self._resident)
+        else:
+            raw, labels = (torch.from_numpy(np.take(each, indices, axis=0)) for each in (self._x, self._y))
+            if self._device.type == "cuda":
+                raw, labels = (each.pin_memory().to(self._device, non_blocking=True) for each in (raw, labels))
+        return raw.to(torch.float32).sub_(self._mean).div_(self._std), labels

@@ -18,6 +18,8 @@ from fedmpi.core.layout import needs_plain_layout
 
 _aten = torch.ops.aten
 
+_MEAN, _NO_LABEL = 1, -100  # cross-entropy's defaults, as aten counts them
+
 _CACHED = 2**18
 """Entries of a weight that a core's cache holds beside the rest."""
 
@@ -79,18 +81,27 @@ class _Linear:
         return nn.functional.linear(x, self._weight, self._bias)
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
-        dx = dy
-        dy_t, start = dy.t(), 0
-        for block in self._blocks:  # both uses of a block while it is in the cache
+        dy_t = dy.t()
+        if len(self._blocks) == 1:
+            dx = dy if first else dy.mm(self._weight)
+            self._sgd.add_product(self._weight, dy_t, self._inputs)
+        else:
+            dx = self._backward_blocks(dy, dy_t, first)
+        if self._bias is not None:
+            if len(self._ones) != len(dy):
+                self._ones = dy.new_ones(len(dy))
+            self._sgd.add_product(self._bias, dy_t, self._ones)
+        return dx
+
+    def _backward_blocks(self, dy: Tensor, dy_t: Tensor, first: bool) -> Tensor:
+        """Both uses of a block of the weight while it is in the cache."""
+        dx, start = dy, 0
+        for block in self._blocks:
             stop = start + len(block)
             if not first:
                 dx = dx.addmm_(dy[:, start:stop], block) if start else dy[:, start:stop].mm(block)
             self._sgd.add_product(block, dy_t[start:stop], self._inputs)
             start = stop
-        if self._bias is not None:
-            if len(self._ones) != len(dy):
-                self._ones = dy.new_ones(len(dy))
-            self._sgd.add_product(self._bias, dy_t, self._ones)
         return dx
 
 
@@ -182,6 +193,7 @@ class FusedEngine:
         for layer in _pool_first(_leaves(model)):
             self._layers.append(_by_hand(layer, self._sgd, after=self._layers[-1] if self._layers else None))
         weighted = [i for i, layer in enumerate(self._layers) if isinstance(layer, _Linear | _Conv2d)]
+        self._one = next(model.parameters()).new_ones(())
         self._first = weighted[0]  # below it no gradient is wanted
 
     def reset(self) -> None:
@@ -195,13 +207,12 @@ class FusedEngine:
         for layer in self._layers:
             x = layer.forward(x)
         log_p = torch.log_softmax(x, 1)
-        picked = labels[:, None]
-        loss = -log_p.gather(1, picked).mean()
-        share = 1.0 / len(labels)
-        dy = log_p.exp_().mul_(share).scatter_add_(1, picked, inputs.new_full((1, 1), -share).expand(len(labels), 1))
+        loss, weight = _aten.nll_loss_forward(log_p, labels, None, _MEAN, _NO_LABEL)
+        dy = _aten.nll_loss_backward(self._one, log_p, labels, None, _MEAN, _NO_LABEL, weight)
+        dy = _aten._log_softmax_backward_data(dy, log_p, 1, x.dtype)
         for i in range(len(self._layers) - 1, self._first - 1, -1):
             dy = self._layers[i].backward(dy, i == self._first)
-        return loss
+        return loss  # type: ignore[no-any-return]  # torch.ops is untyped
 
 
 def why_not(model: nn.Module) -> str | None:

@@ -47,8 +47,9 @@ def gone(job) -> bool:
 
 
 @pytest.mark.usefixtures("bad_model")
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("what", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("what", "num_ranks"), [("train", 1), ("train", 2), ("train", 5), ("evaluate", 1), ("evaluate", 3)]
+)
 def test_an_exception_on_a_rank_ends_all_with_1_and_one_traceback(start, what, num_ranks):
     running = start(num_ranks, *SMALL, "--model", f"bad:{what}")
     result = running.end()
@@ -130,7 +131,7 @@ def test_divergence_is_code_3_and_names_client_and_round(job, num_ranks):
 
 
 def test_a_good_run_ends_without_an_abort(start):
-    for i in range(3):
+    for i in range(2):
         running = start(4, *SMALL, name=f"run{i}")
         result = running.end()
         assert result.code == 0

@@ -109,12 +109,12 @@ def test_prepare_then_train_on_the_file(job, tmp_path, kind):
     )  # fmt: skip
     assert prepared.code == 0, prepared.text
     (pickle,) = (tmp_path / "splits").glob("*.pkl")
-    result = job(2, *common, "--model", "2nn", "--rounds", "2", "--cohort-size", "4", "--partition-file", str(pickle))
+    result = job(1, *common, "--model", "2nn", "--rounds", "2", "--cohort-size", "4", "--partition-file", str(pickle))
     assert result.code == 0, result.text
-    wrong = job(2, "--dataset", "synthetic", "--num-clients", "12", "--partition-file", str(pickle), name="wrong")
+    wrong = job(1, "--dataset", "synthetic", "--num-clients", "12", "--partition-file", str(pickle), name="wrong")
     assert wrong.code == 2
     assert "digits" in wrong.errors[0]
-    other = job(2, "--dataset", "digits", "--num-clients", "13", "--partition-file", str(pickle), name="other")
+    other = job(1, "--dataset", "digits", "--num-clients", "13", "--partition-file", str(pickle), name="other")
     assert other.code == 2
     assert "12" in other.errors[0]
 

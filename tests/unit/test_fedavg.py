@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedmpi.config import RunConfig
 from fedmpi.core.seeding import Stream, derive_seed
-from fedmpi.data.client_data import ClientData, normalised
+from fedmpi.data.client_data import ClientData, Samples
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.fedavg import FEDAVG, FedAvgTrainer, fedavg_handler
@@ -45,7 +45,7 @@ def dense() -> nn.Module:
 
 
 def trainer(model: nn.Module | None = None, seed: int = 0, **options: Any) -> FedAvgTrainer:
-    made = FedAvgTrainer(model or dense(), ClientData(tiny(), partition()), RunConfig(**options), CPU)
+    made = FedAvgTrainer(model or dense(), ClientData(tiny(), partition(), CPU), RunConfig(**options), CPU)
     made.seed = seed
     return made
 
@@ -71,7 +71,7 @@ def steps(client: FedAvgTrainer) -> list[tuple[int, list[int]]]:
 
 def test_samples_come_normalised_in_buffers_of_their_own() -> None:
     data, index = tiny(), partition()
-    inputs, labels = ClientData(data, index).load(0, CPU)
+    inputs, labels = ClientData(data, index, CPU).load(0)
     mine = index[0]
     mean, std = (np.array(v, np.float64).reshape(1, 2, 1, 1) for v in (data.mean, data.std))
     np.testing.assert_allclose(inputs.numpy(), (data.train.x[mine] / 255 - mean) / std, rtol=1e-5, atol=1e-5)
@@ -80,7 +80,7 @@ def test_samples_come_normalised_in_buffers_of_their_own() -> None:
     inputs.zero_()
     labels.zero_()
     assert data.train.y[mine].any(), "the data set is left alone"
-    test_inputs, _ = normalised(data, data.test, slice(2, 5), CPU)
+    test_inputs, _ = Samples(data, data.test, CPU).take(np.arange(2, 5))
     assert test_inputs.shape == (3, 2, 3, 3)
 
 
@@ -127,7 +127,7 @@ def test_training_is_algorithm_1_of_the_paper() -> None:
     client = trainer(model, batch_size=5, local_epochs=2, client_lr=0.05, client_momentum=0.5, client_weight_decay=0.01)
     start = client.model_parameters.detach().clone()
     end = visit(client, 2, start, round_idx=1)
-    inputs, labels = ClientData(tiny(), partition()).load(2, CPU)
+    inputs, labels = ClientData(tiny(), partition(), CPU).load(2)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.5, weight_decay=0.01)
     generator = torch.Generator().manual_seed(derive_seed(0, Stream.BATCHES, 1, 2))
     losses = []
@@ -176,7 +176,7 @@ def test_epochs_of_the_call_win() -> None:
 
 def test_a_client_without_samples_stays_where_it_was() -> None:
     index = PartitionIndex(np.array([0, 0, 25]), np.arange(25))
-    client = FedAvgTrainer(dense(), ClientData(tiny(), index), RunConfig(), CPU)
+    client = FedAvgTrainer(dense(), ClientData(tiny(), index, CPU), RunConfig(), CPU)
     start = torch.linspace(-1, 1, len(client.model_parameters))
     assert torch.equal(visit(client, 0, start), start)
     assert math.isnan(client.loss)
@@ -189,7 +189,7 @@ def test_batch_norm_of_a_cohort_is_the_closed_form() -> None:
     unbiased variances, whatever the step size.
     """
     index = PartitionIndex(np.array([0, 7, 12, 25]), np.random.default_rng(1).permutation(25))
-    data = ClientData(tiny(), index)
+    data = ClientData(tiny(), index, CPU)
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(18), nn.Linear(18, 4))
     server = fedavg_handler(copy.deepcopy(model), RunConfig(num_clients=3, cohort_size=3))
     client = FedAvgTrainer(model, data, RunConfig(batch_size=0, client_lr=0.7), CPU)
@@ -197,7 +197,7 @@ def test_batch_norm_of_a_cohort_is_the_closed_form() -> None:
     cohort = server.sample_clients()
     start = server.model_parameters.clone()
     server.update_model([visit(client, k, start) for k in cohort])
-    flat = [data.load(k, CPU)[0].flatten(1).double() for k in range(3)]
+    flat = [data.load(k)[0].flatten(1).double() for k in range(3)]
     mean = torch.cat(flat).mean(0)
     variance = sum(len(x) * x.var(0) for x in flat) / 25
     norm = server.model[1]

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "fedmpi"
 ALLOWED = {
     # top floor: what is run
     "__main__": {"launch", "core"},
+    "bench": {"launch", "fedavg", "job", "config", "data", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
     "launch": {"job", "config", "options", "data", "logs", "core"},
@@ -34,8 +35,18 @@ ALLOWED = {
 }
 
 MPI = {"core.comm"}
-MEETS_MPI = {"core.client_manager", "core.clock", "core.manager", "core.server_manager", "job", "launch"}
+MEETS_MPI = {
+    "bench.machine",
+    "bench.rounds",
+    "core.client_manager",
+    "core.clock",
+    "core.manager",
+    "core.server_manager",
+    "job",
+    "launch",
+}
 TORCH = {
+    "bench.floor", "bench.machine", "bench.rounds",
     "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler", "core.layout",
     "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data", "engines.choose",
     "engines.eager",
@@ -147,7 +158,14 @@ def test_only_the_round_loop_and_the_wiring_go_through_it() -> None:
 
 def test_mpi_and_torch_do_not_meet_below_the_managers() -> None:
     assert "core.comm" not in TORCH
-    assert {"core.client_manager", "core.manager", "core.server_manager", "job"} == MEETS_MPI & TORCH
+    assert {
+        "core.client_manager",
+        "core.manager",
+        "core.server_manager",
+        "job",
+        "bench.machine",
+        "bench.rounds",
+    } == MEETS_MPI & TORCH
 
 
 def test_torch_is_loaded_with_these_modules_only() -> None:

@@ -1,0 +1,39 @@
+"""The benchmark runs, agrees with its floor, and refuses nonsense. How fast it is, is not for a test to say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+BENCH = ("-m", "fedmpi.bench")
+
+
+def test_the_bench_and_its_floor_learn_alike(job, tmp_path):
+    figures = tmp_path / "figures.json"
+    result = job(3, *f"k1000 --pairs 1 --starts 0 --json {figures}".split(), program=BENCH)
+    assert result.code == 0, result.text
+    held = json.loads(figures.read_text())
+    (case,) = held["cases"].values()
+    mine, floor = case["accuracy"]
+    assert mine > 0.6
+    assert abs(mine - floor) < 0.06  # other batches, the same algorithm
+    assert case["ratios"] == [pytest.approx(case["fedmpi_s"][0] / case["floor_s"][0])]
+    assert len(held["pss MB"]) == 3
+    assert held["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "args", "said"),
+    [
+        (3, "k7", "CASE must be of 2nn, cnn, k1000, k10000, got k7"),
+        (3, "--pairs 0", "--pairs must be 1 or more, got 0"),
+        (3, "--pair 3", "unrecognized arguments"),
+        (2, "2nn --starts 0", "mpirun -n 3"),
+    ],
+)
+def test_a_mistake_is_one_line(job, num_ranks, args, said):
+    result = job(num_ranks, *args.split(), program=BENCH)
+    assert result.code == 2, result.text
+    assert len(result.errors) == 1
+    assert said in result.errors[0]
