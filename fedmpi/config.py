@@ -62,6 +62,9 @@ class RunConfig(DataConfig):
     rounds: int = option(20, "rounds to train", "Federation", "[1, inf)")
     target_accuracy: float | None = option(None, "stop once the test accuracy reaches it", "Federation", "(0, 1]")
     eval_every: int = option(1, "evaluate after every Nth round, and after the last", "Federation", "[1, inf)")
+    eval_samples: int | None = option(
+        None, "test samples to evaluate on, spread evenly over the test set (default: all)", "Federation", "[1, inf)"
+    )
     server_lr: float = option(1.0, "step size of the server along the mean update", "Federation", "(0, inf)")
     collect: Literal["auto", "reduce", "gather"] = option(
         "auto", "updates travel as one exact sum or row by row; same bits (auto: what the handler needs)",
@@ -78,9 +81,16 @@ class RunConfig(DataConfig):
         "Machine",
         "[1, 1024]",
     )
+    schedule: Literal["static", "dynamic"] = option(
+        "static", "clients are placed by expected cost, or idle trainers draw the next; same bits", "Machine",
+        result=False,
+    )  # fmt: skip
     ethernet: str | None = option(None, "network interface MPI uses between nodes, e.g. eth0", "Machine", result=False)
     run_dir: str | None = option(
         None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
+    )
+    timeline: bool = option(
+        False, "write timeline.json, who did what when, for Perfetto or chrome://tracing", "Output", result=False
     )
     quiet: bool = option(False, "only errors and the closing summary", "Output", result=False)
     verbose: bool = option(False, "also what each client did", "Output", result=False)

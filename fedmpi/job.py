@@ -42,6 +42,7 @@ from fedmpi.core.layout import memory_format_of
 from fedmpi.core.manager import NetworkManager, Observer
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.server_manager import ServerManager
+from fedmpi.core.timeline import chrome_trace
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import vector_hash
 from fedmpi.data.client_data import ClientData, test_evaluator
@@ -149,7 +150,9 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
             "threads": machine.threads,
             "engine": engines[net.rank] or engines[-1],
         }
-        evaluator = test_evaluator(dataset, machine.device, halves.memory_format)
+        evaluator = net.on_all(
+            lambda: test_evaluator(dataset, machine.device, halves.memory_format, config.eval_samples)
+        )
         progress = Progress(config.rounds)
         manager = net.on_all(
             lambda: build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])
@@ -160,7 +163,13 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
             size = len(halves.handler.model_parameters)
             for line in banner(recipe.name, config, machine.places, dataset, partition, size, provenance, folder.path):
                 logger.info("%s", line)
+        if config.timeline:
+            net.barrier()
+            net.timeline.begin()
         code = manager.run()
+        if config.timeline:
+            spans = net.gather_timeline()
+            net.on_root(lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
         if halves.handler is not None and folder is not None and code == EXIT_DONE:
             model_hash = vector_hash(halves.handler.model.state_dict())
             logger.log(SUMMARY, "%s", progress.summary(model_hash, folder.path))
@@ -178,6 +187,7 @@ def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     masks = net.on_every_rank(affinity())
     cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
     threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
+    net.crowded = len(node) > cores
     warning = oversubscription_warning(cores, len(node), threads)
 
     def open_own() -> torch.device:
@@ -248,6 +258,7 @@ def build_manager(
         local,
         eval_every=config.eval_every,
         collect=config.collect,
+        schedule=config.schedule,
         observers=observers,
         facts=facts,
     )

@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if UNDER_MPI and collection_path.name in ("e2e", "slurm"):
         return True  # they start processes, which a process under MPI must not
+    if not UNDER_MPI and collection_path.name == "spmd":
+        return True  # they want several ranks
     return None
 
 

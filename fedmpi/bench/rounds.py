@@ -95,7 +95,7 @@ class CaseBench:
         half = self._halves.trainer or self._halves.handler
         assert half is not None
         self._initial = half.model_parameters.clone()
-        self._evaluator = test_evaluator(self._dataset, machine.device, self._halves.memory_format)
+        self._evaluator = test_evaluator(self._dataset, machine.device, self._halves.memory_format, None)
         self._floor = self._bare_loop(pair, machine.device) if net.rank in FLOOR_RANKS else None
 
     def run(self, pairs: int) -> Rounds:

@@ -6,7 +6,7 @@ Shapes: P vector entries.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class ClientPassiveManager(NetworkManager):
         self._check_same(self.trainer.model, self.trainer.device)
         num_clients = self.net.max_of(0)
         self.trainer.seed = self.net.max_of(0)
+        if self.net.max_of(0):
+            self.net.open_counter()
         self._share_sizes(num_clients, self.trainer, self.trainer_idx)
 
     def downlink(self) -> NDArray[np.float32]:
@@ -80,21 +82,32 @@ class ClientPassiveManager(NetworkManager):
     def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
         trainer, exact = self.trainer, ExactSum(vector, order.weight_total, order.weight_max)
         work = LocalWork(exact=None if order.rows else exact)
-        mine = order.cohort[order.ranks == self.net.rank]
-        for client_id, weight in zip(mine.tolist(), trainer.num_samples(mine).tolist(), strict=True):
+        for client_id in self._clients_of(order):
             self.net.activity = f"client {client_id}, round {order.round_idx}"
             started = time.perf_counter()
-            trainer.begin_client(order.round_idx, client_id)
-            load_integer_state(trainer.model, order.integer_state)
-            trainer.train(vector)
-            trained = trainer.model_parameters.detach()
-            bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
-            if order.rows:
-                work.rows.append(trained.cpu().numpy().copy())
-            seconds, state = time.perf_counter() - started, integer_state(trainer.model)
+            with self.net.timeline.span(f"client {client_id}"):
+                (weight,) = trainer.num_samples(np.array([client_id])).tolist()
+                trainer.begin_client(order.round_idx, client_id)
+                load_integer_state(trainer.model, order.integer_state)
+                trainer.train(vector)
+                trained = trainer.model_parameters.detach()
+                bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
+                if order.rows:
+                    work.rows.append(trained.cpu().numpy().copy())
+                state = integer_state(trainer.model)
+            seconds = time.perf_counter() - started
             work.updates.append(ClientUpdate(client_id, weight, trainer.loss, seconds, bin_idx, state))
         self.net.activity = f"round {order.round_idx}"
         return work
+
+    def _clients_of(self, order: Order) -> Iterator[int]:
+        """The clients placed on this rank, or those it draws, one after the other, from the line."""
+        if len(order.ranks) and order.ranks[0] < 0:
+            line = order.cohort[np.argsort(-1 - order.ranks)]
+            while (position := self.net.draw(len(line))) is not None:
+                yield int(line[position])
+        else:
+            yield from order.cohort[order.ranks == self.net.rank].tolist()
 
     def _evaluate(self, order: Order, vector: torch.Tensor) -> LocalWork:
         if self.evaluator is None:
@@ -102,4 +115,6 @@ class ClientPassiveManager(NetworkManager):
         self.net.activity = f"evaluation after round {order.round_idx}"
         self.trainer.model_parameters.copy_(vector)
         load_integer_state(self.trainer.model, order.integer_state)
-        return LocalWork(metrics=self.evaluator.evaluate(self.trainer.model, self.trainer_idx, self.net.num_trainers))
+        with self.net.timeline.span("evaluate"):
+            metrics = self.evaluator.evaluate(self.trainer.model, self.trainer_idx, self.net.num_trainers)
+        return LocalWork(metrics=metrics)

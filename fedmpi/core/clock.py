@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fedmpi.core.comm import PackageProcessor
 
@@ -41,7 +42,7 @@ class RoundClock:
         """The global model is new."""
         self._lap("step_s")
 
-    def timings(self, evaluated: bool) -> dict[str, float]:
+    def timings(self, evaluated: bool) -> dict[str, Any]:
         """Seconds of the round that ends now, and start the next."""
         if evaluated:
             self._lap("evaluate_s")
@@ -53,7 +54,8 @@ class RoundClock:
         laps["idle_share"] = 1 - sum(trainers) / len(trainers) / longest if longest else 0.0
         laps["wire_bytes"] = self._net.bytes_sent - self._bytes
         self._bytes, self._begun, self._laps, self._busy = self._net.bytes_sent, now, {}, {}
-        return {name: round(value, 6) for name, value in laps.items()}
+        rounded: dict[str, Any] = {name: round(value, 6) for name, value in laps.items()}
+        return {**rounded, "busy_s": [round(value, 6) for value in trainers]}
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()

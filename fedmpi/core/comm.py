@@ -34,6 +34,7 @@ from fedmpi.core.messages import (
     unpack_updates,
     update_dtype,
 )
+from fedmpi.core.timeline import Span, Timeline
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 mpi4py.rc.initialize = False  # first see whether the launcher belongs to the library: some pairs die in MPI_Init
@@ -57,7 +58,7 @@ _PEER_CHECK_S = 1.0
 
 _POLLS = 50  # tests before the first sleep: a message that is on its way arrives within these
 _FIRST_SLEEP_S = 20e-6
-_LONGEST_SLEEP_S = 1e-3
+_LONGEST_SLEEP_S = {True: 1e-3, False: 1e-4}  # where ranks outnumber cores, and where they do not
 
 
 class PackageProcessor(Agreement):
@@ -69,6 +70,8 @@ class PackageProcessor(Agreement):
         bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
         activity: what this rank is doing, for the message of a crash, e.g. "client 7, round 3".
         over: whether the server has sent everybody home, so that this process may end.
+        crowded: whether this node has more ranks than cores, so that a waiting rank should sleep deeply.
+        timeline: notes what this rank spends its time on, if somebody has begun it.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
@@ -91,6 +94,9 @@ class PackageProcessor(Agreement):
         self.bytes_sent = 0
         self.activity = ""
         self.over = False
+        self.crowded = True
+        self.timeline = Timeline()
+        self._counter: MPI.Win | None = None
         self._speaker = self._shared_flag()
         self._peers = self._peers_on_node()
 
@@ -104,19 +110,18 @@ class PackageProcessor(Agreement):
     def bcast_order(self, order: Order | None) -> Order:
         """Collective. The server passes an order, the others None; each gets the order."""
         header = order.header() if order is not None else np.empty(HEADER_SIZE, np.int64)
-        self._wait(self._comm.Ibcast(header, SERVER_RANK))
-        size = Order.body_size(header)
-        body = order.body() if order is not None else np.empty(size, np.int64)
-        if size:
-            self.bcast_vector(body)
+        with self.timeline.span("order" if self.is_server else "idle"):
+            self._wait(self._comm.Ibcast(header, SERVER_RANK))
+            size = Order.body_size(header)
+            body = order.body() if order is not None else np.empty(size, np.int64)
+            if size:
+                self._bcast(body)
         return Order.unpack(header, body)
 
     def bcast_vector(self, vector: NDArray[Any]) -> NDArray[Any]:
         """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype."""
-        for piece in _pieces(vector):
-            self._wait(self._comm.Ibcast(_as_bytes(piece), SERVER_RANK))
-        self._count(vector.nbytes)
-        return vector
+        with self.timeline.span("broadcast"):
+            return self._bcast(vector)
 
     def collect(self, order: Order, work: LocalWork, receiver: Receiver) -> None:
         """Collective. Bring to the server what the ranks did for `order`.
@@ -125,10 +130,15 @@ class PackageProcessor(Agreement):
         PARAMETER_UPDATE: the server's `receiver` gets each rank's client updates; then the server's `work.exact`
         becomes the sum over ranks, or, with `order.rows`, the receiver gets one block of columns after the other.
         """
-        if order.code is MessageCode.EVALUATE_PARAMS:
-            self.reduce_sum(work.metrics)
-            return
-        num_bins = self.max_of(work.exact.num_bins if work.exact else 0)
+        with self.timeline.span("idle"):  # until the slowest rank is here
+            num_bins = self.max_of(work.exact.num_bins if work.exact else 0)
+        with self.timeline.span("collect"):
+            if order.code is MessageCode.EVALUATE_PARAMS:
+                self.reduce_sum(work.metrics)
+            else:
+                self._collect_updates(order, work, receiver, num_bins)
+
+    def _collect_updates(self, order: Order, work: LocalWork, receiver: Receiver, num_bins: int) -> None:
         num_integers = len(order.integer_state)
         code = MessageCode.PARAMETER_UPDATE if order.rows else MessageCode.GRADIENT_UPDATE
         for rank, records in enumerate(self.gather_updates(pack_updates(work.updates, num_integers), num_integers)):
@@ -144,6 +154,30 @@ class PackageProcessor(Agreement):
         elif work.exact:
             for buffer in work.exact.buffers(num_bins):
                 self.reduce_sum(buffer)
+
+    def open_counter(self) -> None:
+        """Collective. Make ready for `draw`."""
+        self._counter = MPI.Win.Allocate(8 if self.is_server else 0, 8, comm=self._comm)
+        if self.is_server:
+            np.asarray(self._counter.tomemory()).view(np.int64)[:] = 0
+        self._comm.Barrier()
+        self._counter.Lock_all()
+        self._drawn = 0
+
+    def draw(self, count: int) -> int | None:
+        """One-sided. The next of `count` places that no rank has drawn yet this round; None, once, when all are gone.
+
+        Every trainer draws until it gets None: the counter is never reset, each rank knows where a round begins.
+        """
+        assert self._counter is not None, "open_counter comes first"
+        one, got = np.ones(1, np.int64), np.empty(1, np.int64)
+        self._counter.Fetch_and_op(one, got, SERVER_RANK, 0, MPI.SUM)
+        self._counter.Flush(SERVER_RANK)  # done by this rank alone: within a node it is an atomic in shared memory
+        place = int(got[0]) - self._drawn
+        if place < count:
+            return place
+        self._drawn += count + self.num_trainers
+        return None
 
     def max_of(self, value: int) -> int:
         """Collective. The largest of the ranks' values, on every rank."""
@@ -199,6 +233,11 @@ class PackageProcessor(Agreement):
         """Collective. Whether all ranks are here within `patience_s` (None: wait for ever). After False, abort."""
         return self._wait(self._comm.Ibarrier(), patience_s)
 
+    def gather_timeline(self) -> list[tuple[str, list[Span]]]:
+        """Collective. After the last round: every rank's host and spans, on the server; elsewhere nothing."""
+        self.barrier()  # a patient wait
+        return self._comm.gather(self.timeline.end(), SERVER_RANK) or []
+
     # The set-up (see `Agreement`) and the end.
 
     def _share(self, value: Any) -> Any:
@@ -223,6 +262,11 @@ class PackageProcessor(Agreement):
     def leave(self, exit_code: int) -> int:
         """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""
         self.over = True
+        if self._counter is not None:
+            self.barrier()  # a patient wait: the next line is collective
+            self._counter.Unlock_all()
+            self._counter.Free()
+            self._counter = None
         if exit_code:
             self.barrier()  # the message is out before a launcher sees the first exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it at the first code, and would report 143
@@ -287,6 +331,12 @@ class PackageProcessor(Agreement):
             except PermissionError:
                 continue
 
+    def _bcast(self, vector: NDArray[Any]) -> NDArray[Any]:
+        for piece in _pieces(vector):
+            self._wait(self._comm.Ibcast(_as_bytes(piece), SERVER_RANK))
+        self._count(vector.nbytes)
+        return vector
+
     def _counts(self, mine: int) -> NDArray[np.int64]:
         """Collective. How many items each rank has, on the server; zeros elsewhere."""
         counts = np.zeros(self.size, np.int64)
@@ -324,7 +374,7 @@ class PackageProcessor(Agreement):
                 self._check_peers()
                 next_check = now + _PEER_CHECK_S
             time.sleep(sleep_s)
-            sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S)
+            sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S[self.crowded])
         return True
 
     def _count(self, num_bytes: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,8 @@ class Order:
         code: PARAMETER_UPDATE (train), EVALUATE_PARAMS or EXIT.
         round_idx: the round it belongs to.
         cohort: (K,) int64 client ids, ascending.
-        ranks: (K,) int64, the rank that trains each of them.
+        ranks: (K,) int64, the rank that trains each of them; or, if negative, -1 - its place in the line from which
+            idle trainers draw.
         integer_state: (B,) int64, the model's integer buffers.
         exit_code: what the process returns, with EXIT.
         weight_total: sum of the cohort's sample counts; with `weight_max` it fixes the scale of the exact sum.
@@ -166,7 +167,8 @@ class RoundRecord:
         loss: test loss after the round; None likewise, or when not finite.
         bytes_down: what a real federation would send to the cohort: K x P x 4.
         bytes_up: what it would send back.
-        timings: seconds by part, the share of trainers' time spent idle, and bytes through the server's MPI calls.
+        timings: seconds by part, each trainer's busy seconds, the share of the trainers' time spent idle, and bytes
+            through the server's MPI calls.
     """
 
     round_idx: int
@@ -177,7 +179,7 @@ class RoundRecord:
     loss: float | None
     bytes_down: int
     bytes_up: int
-    timings: dict[str, float]
+    timings: dict[str, Any]
 
 
 def update_dtype(num_integers: int) -> np.dtype[np.void]:

@@ -23,7 +23,7 @@ from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.manager import NetworkManager, Observer
 from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
-from fedmpi.core.schedule import place
+from fedmpi.core.schedule import CostModel, is_pinned, place, queue
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class ServerManager(NetworkManager):
         *,
         eval_every: int = 0,
         collect: Literal["auto", "reduce", "gather"] = "auto",
+        schedule: Literal["static", "dynamic"] = "static",
         observers: Sequence[Observer] = (),
         facts: Mapping[str, object] | None = None,
     ) -> None:
@@ -50,6 +51,7 @@ class ServerManager(NetworkManager):
             local: the client half, needed only when this is the job's only rank.
             eval_every: evaluate after every so many rounds and after the last; 0: never.
             collect: how updates travel; "auto": as the handler needs them.
+            schedule: static: clients are placed before the round; dynamic: idle trainers draw the next.
             observers: told of each round.
             facts: more that must be the same on all ranks.
 
@@ -69,11 +71,12 @@ class ServerManager(NetworkManager):
         if net.size == 1 and local is None:
             raise ConfigError("a job of one rank trains on it too: give ServerManager a ClientPassiveManager, or -n 2")
         self._rows_travel = self._needs != "sum" or collect == "gather"
+        self._draws = schedule == "dynamic"
+        self._costs = CostModel()
         self._evaluation_due = False
         self._failure: FedmpiError | None = None
         self._record: RoundRecord | None = None
         self._updates: list[ClientUpdate] = []
-        self._arrival: NDArray[np.int64] = np.empty(0, np.int64)  # cohort position -> place among the arriving rows
         self._result = torch.empty(0)
         self._clock = RoundClock(net)
 
@@ -82,6 +85,8 @@ class ServerManager(NetworkManager):
         self._check_same(self.handler.model, self.local.trainer.device if self.local else None)
         num_clients = self.net.max_of(self.handler.num_clients)
         seed = self.net.max_of(self.handler.seed)
+        if self.net.max_of(int(self._draws)):
+            self.net.open_counter()
         trainer = self.local.trainer if self.local else None
         if trainer is not None:
             trainer.seed = seed
@@ -102,10 +107,13 @@ class ServerManager(NetworkManager):
         """The order that starts a round: who trains, and where."""
         handler = self.handler
         cohort = handler.sample_clients()
-        ranks = place(cohort, handler.weights, self.net.num_trainers, handler.num_clients) + (self.net.size > 1)
+        costs, num_trainers = self._costs.costs(handler.weights), self.net.num_trainers
+        if self._draws and not is_pinned(len(cohort), num_trainers, handler.num_clients):
+            ranks = -1 - queue(costs)
+        else:
+            ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"
         self._updates = []
-        self._arrival = np.argsort(np.argsort(ranks, kind="stable"), kind="stable")
         return Order(
             MessageCode.PARAMETER_UPDATE,
             handler.round_idx,
@@ -143,16 +151,17 @@ class ServerManager(NetworkManager):
         """Note one rank's client updates; a non-finite one ends the job."""
         self._clock.busy(sender_rank, sum(update.seconds for update in payload))
         self._updates += payload
-        for update in payload:
-            if update.bin_idx is None and self._failure is None:
-                self._failure = DivergedError(
-                    f"client {update.client_id}'s model is not finite after training in round {self.handler.round_idx}:"
-                    " lower --client-lr"
-                )
+        if any(update.bin_idx is None for update in payload):
+            first = min(update.client_id for update in self._updates if update.bin_idx is None)  # on any placement
+            self._failure = DivergedError(
+                f"client {first}'s model is not finite after training in round {self.handler.round_idx}:"
+                " lower --client-lr"
+            )
 
     def on_block(self, columns: slice, rows: NDArray[np.float32]) -> None:
         """Bring the block into cohort order and have it aggregated, or kept if the handler wants whole vectors."""
-        handler, block = self.handler, torch.from_numpy(rows)[self._arrival]
+        arrived = np.array([update.client_id for update in self._updates])
+        handler, block = self.handler, torch.from_numpy(rows)[np.argsort(arrived)]
         reference = handler.model_parameters[columns]
         if columns.start == 0:
             dtype = torch.float64 if self._needs == "sum" else torch.float32
@@ -173,6 +182,10 @@ class ServerManager(NetworkManager):
 
     def finish_round(self, order: Order, work: LocalWork) -> None:
         """The server step, or the end of an evaluation; then tell the observers."""
+        with self.net.timeline.span("server step"):
+            self._finish_round(order, work)
+
+    def _finish_round(self, order: Order, work: LocalWork) -> None:
         if order.code is MessageCode.EVALUATE_PARAMS:
             self._evaluation_due = False
             self.handler.metrics = metrics_of(work.metrics)
@@ -190,6 +203,8 @@ class ServerManager(NetworkManager):
             handler.step(work.exact.mean().cpu())
         else:
             handler.step(self._result)
+        trained = [(update.num_samples, update.seconds) for update in self._updates]
+        self._costs.observe(*(np.array(column) for column in zip(*trained, strict=True)))
         self._updates.sort(key=lambda update: update.client_id)
         handler.update_integer_state([update.integer_state for update in self._updates])
         handler.round_idx += 1

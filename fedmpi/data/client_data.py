@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.layout import laid_out
 from fedmpi.data.datasets import Dataset, Split
@@ -41,15 +42,31 @@ class ClientData:
         return self._samples.take(indices if order is None else indices[order])
 
 
-def test_evaluator(dataset: Dataset, device: torch.device, memory_format: torch.memory_format) -> Evaluator:
-    """Evaluates a model on the test split, images in that layout."""
-    samples = Samples(dataset, dataset.test, device)
+def test_evaluator(
+    dataset: Dataset, device: torch.device, memory_format: torch.memory_format, num_samples: int | None
+) -> Evaluator:
+    """Evaluates a model on the test split, images in that layout.
+
+    Args:
+        dataset: the data set.
+        device: where the model is.
+        memory_format: layout of images.
+        num_samples: so many of the test samples, spread evenly; None: all.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    total = len(dataset.test)
+    if num_samples is not None and num_samples > total:
+        raise ConfigError(f"--eval-samples must be in [1, {total}] (test samples of {dataset.name}), got {num_samples}")
+    count = num_samples or total
+    samples, chosen = Samples(dataset, dataset.test, device), np.arange(count) * total // count
 
     def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = samples.take(np.arange(start, stop))
+        inputs, labels = samples.take(chosen[start:stop])
         return laid_out(inputs, memory_format), labels
 
-    return Evaluator(len(dataset.test), load)
+    return Evaluator(count, load)
 
 
 class Samples:

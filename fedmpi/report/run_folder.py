@@ -1,6 +1,6 @@
 """The folder of one run: who may write to it, and what is in it.
 
-runs/NAME/  config.yaml  history.jsonl  model.pt
+runs/NAME/  config.yaml  history.jsonl  model.pt  timeline.json (with --timeline)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedmpi.report.history import History
 
 logger = logging.getLogger(__name__)
 
-CONFIG, HISTORY, MODEL, LOCK = "config.yaml", "history.jsonl", "model.pt", ".lock"
+CONFIG, HISTORY, MODEL, TIMELINE, LOCK = "config.yaml", "history.jsonl", "model.pt", "timeline.json", ".lock"
 
 
 class RunFolder:
@@ -77,6 +77,10 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save({name: tensor.detach().cpu().clone() for name, tensor in handler.model.state_dict().items()}, buffer)
         atomic_write(self.path / MODEL, buffer.getvalue())
+
+    def write_timeline(self, trace: str) -> None:
+        """Write timeline.json."""
+        atomic_write(self.path / TIMELINE, trace.encode())
 
     def close(self) -> None:
         """Let other jobs have the folder."""

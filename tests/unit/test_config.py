@@ -42,17 +42,19 @@ OPTIONS: list[tuple[str, Any, Any, Any]] = [
     ("rounds", 20, 3, 4),
     ("target_accuracy", None, 0.5, 0.99),
     ("eval_every", 1, 2, 3),
+    ("eval_samples", None, 100, 1000),
     ("server_lr", 1.0, 0.5, 2.0),
     ("collect", "auto", "gather", "reduce"),
     ("seed", 0, 7, 2**63 - 1),
     ("device", "auto", "cpu", "cuda"),
     ("threads", 1, 2, "auto"),
+    ("schedule", "static", "dynamic", "static"),
     ("ethernet", None, "eth0", "ib0"),
     ("run_dir", None, "runs/a", "runs/b"),
 ]
-SWITCHES = ["quiet", "verbose"]
+SWITCHES = ["timeline", "quiet", "verbose"]
 NAMES = [name for name, *_ in OPTIONS]
-MACHINE = {"data_dir", "partition_file", "collect", "ethernet", "run_dir", "quiet", "verbose"}
+MACHINE = {"data_dir", "partition_file", "collect", "schedule", "ethernet", "run_dir", "timeline", "quiet", "verbose"}
 
 
 def flag(name: str) -> str:
@@ -101,6 +103,7 @@ def test_default_then_yaml_then_flag(name: str, default: Any, in_yaml: Any, as_f
 def test_without_arguments_every_option_has_its_default() -> None:
     assert dataclasses.asdict(run_config()) == {
         **{name: default for name, default, *_ in OPTIONS},
+        "timeline": False,
         "quiet": False,
         "verbose": False,
     }

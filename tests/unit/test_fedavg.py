@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmpi.config import RunConfig
+from fedmpi.core.errors import ConfigError
 from fedmpi.core.seeding import Stream, derive_seed
+from fedmpi.data import client_data
 from fedmpi.data.client_data import ClientData, Samples
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
@@ -212,3 +214,14 @@ def test_the_server_half_takes_the_options() -> None:
     assert (server.target_accuracy, server.server_lr, server.seed) == (0.5, 0.25, 6)
     assert server.needs() == "sum"
     assert FEDAVG.trainer is FedAvgTrainer
+
+
+def test_evaluation_on_some_samples_spreads_them_over_the_test_set() -> None:
+    data = tiny()
+    total = len(data.test)
+    few = client_data.test_evaluator(data, CPU, torch.preserve_format, total // 2)
+    assert few.num_samples == total // 2
+    every_second, _ = Samples(data, data.test, CPU).take(np.arange(total // 2) * total // (total // 2))
+    assert torch.equal(few._load(0, total // 2)[0], every_second)
+    with pytest.raises(ConfigError, match=rf"--eval-samples must be in \[1, {total}\]"):
+        client_data.test_evaluator(data, CPU, torch.preserve_format, total + 1)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmpi.core.schedule import CLIENT_BASE_SAMPLES, place
+from fedmpi.core.schedule import CostModel, place, queue
 
 sizes = st.lists(st.integers(0, 60_000), min_size=1, max_size=60)
 
@@ -14,11 +14,11 @@ sizes = st.lists(st.integers(0, 60_000), min_size=1, max_size=60)
 @given(sizes, st.integers(1, 12))
 def test_every_client_has_one_trainer_and_loads_are_within_the_bound(num_samples: list[int], num_trainers: int) -> None:
     cohort = np.arange(len(num_samples), dtype=np.int64) * 3
-    trainers = place(cohort, np.array(num_samples), num_trainers, 10_000)
+    costs = np.array(num_samples) + 20.0
+    trainers = place(cohort, costs, num_trainers, 10_000)
     assert trainers.shape == cohort.shape
     assert trainers.dtype == np.int64
     assert set(trainers.tolist()) <= set(range(num_trainers))
-    costs = np.array(num_samples) + CLIENT_BASE_SAMPLES
     loads = np.bincount(trainers, weights=costs, minlength=num_trainers)
     assert loads.sum() == costs.sum()
     assert loads.max() - loads.min() <= costs.max()
@@ -38,7 +38,7 @@ def _two_smallest(costs: np.ndarray, num_trainers: int) -> float:
 def test_the_costliest_goes_first_to_the_least_loaded() -> None:
     """Costs 120, 70, 60, 50, 40 on two trainers: 120 | 70, 60 | and then 50 beside 120, 40 beside 130: 170 and 170."""
     cohort = np.array([1, 2, 3, 4, 5])
-    assert place(cohort, np.array([20, 100, 40, 50, 30]), 2, 100).tolist() == [1, 0, 1, 1, 0]
+    assert place(cohort, np.array([40, 120, 60, 70, 50]), 2, 100).tolist() == [1, 0, 1, 1, 0]
 
 
 def test_as_many_clients_in_all_as_trainers_pins_client_k_to_trainer_k() -> None:
@@ -65,3 +65,38 @@ def test_equal_clients_spread_evenly() -> None:
 
 def test_more_trainers_than_clients_leaves_some_idle() -> None:
     assert sorted(place(np.array([3, 9]), np.array([10, 10]), 5, 100)) == [0, 1]
+
+
+@given(sizes)
+def test_the_line_is_a_permutation_with_the_costliest_first(num_samples: list[int]) -> None:
+    costs = np.array(num_samples, np.float64)
+    places = queue(costs)
+    assert sorted(places.tolist()) == list(range(len(costs)))
+    assert (np.diff(costs[np.argsort(places)]) <= 0).all()
+
+
+def test_before_the_first_client_costs_follow_the_samples() -> None:
+    assert CostModel().costs(np.array([0, 10, 600])).tolist() == [20, 30, 620]
+
+
+@given(st.floats(0, 2), st.floats(1e-4, 1))
+def test_costs_are_fitted_to_the_seconds_that_clients_took(base: float, rate: float) -> None:
+    model, n = CostModel(), np.array([6, 60, 600, 10])
+    for _ in range(3):
+        model.observe(n, base + rate * n)
+    np.testing.assert_allclose(
+        model.costs(np.array([1, 1000])), [base + rate, base + 1000 * rate], rtol=1e-3, atol=1e-6
+    )
+
+
+def test_a_machine_that_changes_its_pace_is_followed() -> None:
+    model, n = CostModel(), np.array([10, 100])
+    for pace in [1.0] * 10 + [4.0] * 10:
+        model.observe(n, pace * n)
+    assert 3.5 < model.costs(np.array([100]))[0] / 100 <= 4
+
+
+def test_equal_clients_leave_the_first_guess_alone() -> None:
+    model = CostModel()
+    model.observe(np.array([60, 60]), np.array([1.0, 3.0]))
+    assert model.costs(np.array([60])).tolist() == [80]
