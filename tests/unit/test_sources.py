@@ -248,6 +248,14 @@ def test_many_jobs_fetch_once(tmp_path: Path, truth: dict[str, bytes]) -> None:
     assert names(tmp_path / "data" / "tiny") == sorted([*NAMES, "verified.json"])
 
 
+def command_of(pid: int) -> bytes:
+    """Empty for a process that has ended, or is ending as we look."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def test_a_killed_downloader_leaves_no_child_and_no_files(tmp_path: Path, truth: dict[str, bytes]) -> None:
     fake_npm(tmp_path / "bin", truth, then=f'[ -e "{tmp_path}/pid" ] || {{ echo $$ > "{tmp_path}/pid"; sleep 300; }}')
     sums = " ".join(RAW_SETS["tiny"].files.values())
@@ -260,7 +268,7 @@ def test_a_killed_downloader_leaves_no_child_and_no_files(tmp_path: Path, truth:
             time.sleep(0.02)
         job.send_signal(signal.SIGKILL)
     npm = int(pid_file.read_text())
-    while Path(f"/proc/{npm}/cmdline").exists() and Path(f"/proc/{npm}/cmdline").read_bytes():
+    while command_of(npm):
         assert time.monotonic() < give_up, "the child outlived its parent"
         time.sleep(0.02)
     (tmp_path / "data" / "tiny" / ".train-images-idx3-ubyte.12ab.tmp").touch()
