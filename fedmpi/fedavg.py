@@ -50,6 +50,14 @@ class FedAvgTrainer(ClientTrainer):
         sgd = config.client_lr, config.client_momentum, config.client_weight_decay
         self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd)
         self.memory_format = memory_format_of(self.model)
+        self._shuffles = torch.Generator()
+
+    def begin_client(self, round_idx: int, client_id: int) -> None:
+        """Without the global generators where nothing can draw from them."""
+        if self.engine.runs_model:
+            super().begin_client(round_idx, client_id)
+        else:
+            self.round_idx, self.client_id, self.loss = round_idx, client_id, math.nan
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples of each client."""
@@ -59,17 +67,16 @@ class FedAvgTrainer(ClientTrainer):
         """ClientUpdate(k, w): B <- batches of size B; for each epoch, for each batch b: w <- w - lr grad l(w; b)."""
         self.model_parameters.copy_(model_parameters)
         self.engine.reset()
-        (n,) = self.num_samples(np.array([self.client_id])).tolist()
+        n = len(self.data.partition[self.client_id])
         if not n:
             return
-        shuffles = torch.Generator().manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
-        losses = []
+        shuffles = self._shuffles.manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
+        losses: list[float] = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
             inputs, labels = self.data.load(self.client_id, torch.randperm(n, generator=shuffles).numpy())
-            shuffled = laid_out(inputs, self.memory_format), labels
-            batches = zip(*(torch.split(each, self.config.batch_size or n) for each in shuffled), strict=True)
-            losses += [self.engine.step(x, y) for x, y in batches]
-        self.loss = math.fsum(torch.stack(losses).tolist()) / len(losses) if losses else math.nan
+            shuffled = laid_out(inputs, self.memory_format)
+            losses += self.engine.epoch(shuffled, labels, self.config.batch_size or n).tolist()
+        self.loss = math.fsum(losses) / len(losses) if losses else math.nan
 
 
 def fedavg_handler(model: nn.Module, config: RunConfig) -> SyncParameterServerHandler:

@@ -70,10 +70,12 @@ class _Records(list[RoundRecord]):
 class _NoSteps:
     """An engine that does nothing, to see what is left."""
 
+    runs_model = False
+
     def reset(self) -> None: ...
 
-    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(())
+    def epoch(self, inputs: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
+        return torch.zeros(1)
 
 
 class CaseBench:

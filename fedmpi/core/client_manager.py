@@ -82,19 +82,22 @@ class ClientPassiveManager(NetworkManager):
     def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
         trainer, exact = self.trainer, ExactSum(vector, order.weight_total, order.weight_max)
         work = LocalWork(exact=None if order.rows else exact)
+        state = order.integer_state
         for client_id in self._clients_of(order):
             self.net.activity = f"client {client_id}, round {order.round_idx}"
             started = time.perf_counter()
             with self.net.timeline.span(f"client {client_id}"):
                 (weight,) = trainer.num_samples(np.array([client_id])).tolist()
                 trainer.begin_client(order.round_idx, client_id)
-                load_integer_state(trainer.model, order.integer_state)
+                if len(order.integer_state):
+                    load_integer_state(trainer.model, order.integer_state)
                 trainer.train(vector)
                 trained = trainer.model_parameters.detach()
                 bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
                 if order.rows:
                     work.rows.append(trained.cpu().numpy().copy())
-                state = integer_state(trainer.model)
+                if len(order.integer_state):
+                    state = integer_state(trainer.model)
             seconds = time.perf_counter() - started
             work.updates.append(ClientUpdate(client_id, weight, trainer.loss, seconds, bin_idx, state))
         self.net.activity = f"round {order.round_idx}"

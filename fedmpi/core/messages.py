@@ -207,10 +207,8 @@ def pack_updates(updates: list[ClientUpdate], num_integers: int) -> NDArray[np.v
 
 def unpack_updates(records: NDArray[np.void]) -> list[ClientUpdate]:
     """The updates that `pack_updates` was given."""
+    states = records["integer_state"]
     return [
-        ClientUpdate(
-            int(r["client_id"]), int(r["num_samples"]), float(r["loss"]), float(r["seconds"]),
-            None if r["bin_idx"] < 0 else int(r["bin_idx"]), r["integer_state"],
-        )
-        for r in records
-    ]  # fmt: skip
+        ClientUpdate(client_id, num_samples, loss, seconds, None if bin_idx < 0 else bin_idx, state)
+        for (client_id, num_samples, loss, seconds, bin_idx, _), state in zip(records.tolist(), states, strict=True)
+    ]

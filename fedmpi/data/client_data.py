@@ -23,12 +23,12 @@ class ClientData:
     def __init__(self, dataset: Dataset, partition: PartitionIndex, device: torch.device) -> None:
         """`partition` holds indices into `dataset.train`; clients are trained on `device`."""
         self._samples = Samples(dataset, dataset.train, device)
-        self._partition = partition
+        self.partition = partition
         self.input_shape = dataset.input_shape
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample counts of those clients."""
-        offsets = self._partition.offsets
+        offsets = self.partition.offsets
         return offsets[client_ids + 1] - offsets[client_ids]
 
     def load(self, client_id: int, order: NDArray[np.int64] | None = None) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ class ClientData:
             client_id: the client.
             order: permutation of its samples; None: as the split lists them.
         """
-        indices = self._partition[client_id]
+        indices = self.partition[client_id]
         return self._samples.take(indices if order is None else indices[order])
 
 

@@ -20,13 +20,23 @@ _TOLERANCE = 1e-3
 
 
 class Engine(Protocol):
-    """Takes the steps of one client's SGD with mean cross-entropy on the model it was made for."""
+    """Takes the steps of one client's SGD with mean cross-entropy on the model it was made for.
+
+    Attributes:
+        runs_model: whether it calls the model, which may then draw random numbers and tell training from evaluation.
+    """
+
+    runs_model: bool
 
     def reset(self) -> None:
         """The next step is a client's first."""
 
-    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """One step on (n, ...) inputs and (n,) labels; returns the batch's mean loss before it, 0-dim."""
+    def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """One pass over (N, ...) inputs and (N,) labels in that order, a step each `batch_size` samples and the rest.
+
+        Returns:
+            The batches' mean losses, each before its step.
+        """
 
 
 def choose_engine(
@@ -60,7 +70,7 @@ def choose_engine(
 
 
 def _trial(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
-    """Two steps of both engines on copies; why they differ, or None."""
+    """Four steps of both engines on copies; why they differ, or None."""
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     inputs = torch.randn(5, *input_shape, generator=generator).to(device)
@@ -75,7 +85,7 @@ def _trial(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
         labels = torch.randint(outputs.shape[1], (5,), generator=generator).to(device)
         for engine in engines:
             for _ in range(2):
-                engine.step(inputs, labels)
+                engine.epoch(inputs, labels, batch_size=3)
     except Exception as error:  # noqa: BLE001 - a user's forward: training says it again, with client and round
         return f"its forward is not the plain stack of its layers ({type(error).__name__} in a trial step)"
     start = SerializationTool.serialize_model(model)

@@ -14,6 +14,8 @@ class EagerEngine:
     where autograd leaves them: nothing is zeroed, accumulated or copied.
     """
 
+    runs_model = True
+
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over the trainable parameters of `model`.
 
@@ -32,8 +34,12 @@ class EagerEngine:
         """Forget the momentum: the next step is a client's first."""
         self._velocity = {}
 
-    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """One SGD step on (n, ...) inputs and (n,) labels; returns the batch's mean loss before the step, 0-dim."""
+    def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """One pass over (N, ...) inputs and (N,) labels as they lie; returns each batch's mean loss before its step."""
+        batches = zip(torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True)
+        return torch.stack([self._step(x, y) for x, y in batches])
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         loss = functional.cross_entropy(self._model(inputs), labels)
         gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None]

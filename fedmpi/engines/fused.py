@@ -1,14 +1,18 @@
 """Local SGD by hand for stacks of Linear, Conv2d, ReLU, MaxPool2d and Flatten under cross-entropy.
 
-A step saves what autograd cannot: a Linear's weight is updated inside the very product that forms its gradient
-(`addmm_` with alpha = -lr), nothing is recorded, and a ReLU in front of a pooling acts behind it, where there is four
-times less to do.
+Beside the matrix products a step of a small model is a few dozen calls that each do next to nothing, so what counts is
+how few they are. A Linear's weight is updated inside the very product that forms its gradient (`addmm_` with
+alpha = -lr / n), results go to buffers that stay, losses are worked out once an epoch, and a ReLU in front of a pooling
+acts behind it, where there is four times less to do.
+
+Gradients here are sums over the batch; the step divides by n.
 
 Shapes: n samples of the batch, C classes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +22,6 @@ from fedmpi.core.layout import needs_plain_layout
 
 _aten = torch.ops.aten
 
-_MEAN, _NO_LABEL = 1, -100  # cross-entropy's defaults, as aten counts them
-
 _CACHED = 2**18
 """Entries of a weight that a core's cache holds beside the rest."""
 
@@ -27,82 +29,93 @@ _MANY_CHANNELS = 8
 """From so many input channels on, a convolution on CPU is faster in the plain layout, the turning there and back
 included; below, and for pooling, channels last is."""
 
+_BATCH_SIZES = 2
+"""Batch sizes whose buffers are kept: the full one, and what was left over at a client's end."""
+
 
 class _Sgd:
-    """w <- w - lr (m v + g + d w), the arithmetic of `torch.optim.SGD`, with g given or as a product not yet formed."""
+    """w <- w - lr (m v + g / n + d w): `torch.optim.SGD`, with g given or as a product not yet formed."""
 
-    def __init__(self, lr: float, momentum: float, weight_decay: float) -> None:
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self._velocity: dict[int, Tensor] = {}
-
-    def reset(self) -> None:
-        self._velocity.clear()
+    def __init__(self, lr: float, momentum: float, weight_decay: float, n: int, velocity: dict[int, Tensor]) -> None:
+        self._lr, self._momentum, self._weight_decay = lr, momentum, weight_decay
+        self._share = 1 / n
+        self._alpha = -lr / n
+        self._beta = 1 - lr * weight_decay
+        self._velocity = velocity  # by address of the weight, the same for all batch sizes
 
     def add(self, weight: Tensor, gradient: Tensor) -> None:
         """The step of `weight` along -`gradient`."""
-        if self.momentum:
-            velocity = self._velocity_of(weight).mul_(self.momentum).add_(gradient)
+        if self._momentum:
+            velocity = self._velocity_of(weight).mul_(self._momentum).add_(gradient, alpha=self._share)
             self._follow(weight, velocity)
-        elif self.weight_decay:
-            weight.mul_(1 - self.lr * self.weight_decay).add_(gradient, alpha=-self.lr)
         else:
-            weight.add_(gradient, alpha=-self.lr)
+            (weight.mul_(self._beta) if self._weight_decay else weight).add_(gradient, alpha=self._alpha)
 
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
-        """The step along -(`left` @ `right`): a matrix, or a vector if `right` is one."""
-        into = Tensor.addmv_ if right.dim() == 1 else Tensor.addmm_
-        if self.momentum:
-            velocity = into(self._velocity_of(weight), left, right, beta=self.momentum)
+        """The step along -(`left` @ `right`), two matrices."""
+        if self._momentum:
+            velocity = self._velocity_of(weight).addmm_(left, right, beta=self._momentum, alpha=self._share)
             self._follow(weight, velocity)
         else:
-            into(weight, left, right, beta=1 - self.lr * self.weight_decay, alpha=-self.lr)
+            weight.addmm_(left, right, beta=self._beta, alpha=self._alpha)
+
+    def add_sums(self, bias: Tensor, left: Tensor, ones: Tensor) -> None:
+        """The step along -(`left` @ `ones`), a matrix and a vector."""
+        if self._momentum:
+            velocity = self._velocity_of(bias).addmv_(left, ones, beta=self._momentum, alpha=self._share)
+            self._follow(bias, velocity)
+        else:
+            bias.addmv_(left, ones, beta=self._beta, alpha=self._alpha)
 
     def _velocity_of(self, weight: Tensor) -> Tensor:
-        if id(weight) not in self._velocity:
-            self._velocity[id(weight)] = torch.zeros_like(weight)
-        return self._velocity[id(weight)]
+        if weight.data_ptr() not in self._velocity:
+            self._velocity[weight.data_ptr()] = torch.zeros_like(weight)
+        return self._velocity[weight.data_ptr()]
 
     def _follow(self, weight: Tensor, velocity: Tensor) -> None:
-        if self.weight_decay:
-            velocity.add_(weight, alpha=self.weight_decay)
-        weight.add_(velocity, alpha=-self.lr)
+        if self._weight_decay:
+            velocity.add_(weight, alpha=self._weight_decay)
+        weight.add_(velocity, alpha=-self._lr)
 
 
 class _Linear:
-    def __init__(self, layer: nn.Linear, sgd: _Sgd) -> None:
-        self._weight, self._bias, self._sgd = layer.weight.data, None if layer.bias is None else layer.bias.data, sgd
-        rows = len(self._weight) if self._weight.device.type == "cuda" else max(1, _CACHED // layer.in_features)
-        self._blocks = torch.split(self._weight, rows)
-        self._ones = self._weight.new_ones(0)
-        self._inputs = self._weight
+    def __init__(self, layer: nn.Linear, sgd: _Sgd, n: int) -> None:
+        weight = layer.weight.data
+        self._weight, self._weight_t, self._sgd = weight, weight.t(), sgd
+        self._bias = None if layer.bias is None else layer.bias.data
+        rows = len(weight) if weight.device.type == "cuda" else max(1, _CACHED // layer.in_features)
+        self._blocks = torch.split(weight, rows)
+        self._outputs, self._dx = weight.new_empty(n, layer.out_features), weight.new_empty(n, layer.in_features)
+        self._ones = weight.new_ones(n)
+        self._dy = self._dy_t = self._inputs = weight
 
     def forward(self, x: Tensor) -> Tensor:
         self._inputs = x
-        return nn.functional.linear(x, self._weight, self._bias)
+        torch.mm(x, self._weight_t, out=self._outputs)
+        return self._outputs if self._bias is None else self._outputs.add_(self._bias)
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
-        dy_t = dy.t()
+        if dy is not self._dy:  # the layer behind hands over the same buffer each time
+            self._dy, self._dy_t = dy, dy.t()
         if len(self._blocks) == 1:
-            dx = dy if first else dy.mm(self._weight)
-            self._sgd.add_product(self._weight, dy_t, self._inputs)
+            if not first:
+                torch.mm(dy, self._weight, out=self._dx)
+            self._sgd.add_product(self._weight, self._dy_t, self._inputs)
         else:
-            dx = self._backward_blocks(dy, dy_t, first)
+            self._backward_blocks(first)
         if self._bias is not None:
-            if len(self._ones) != len(dy):
-                self._ones = dy.new_ones(len(dy))
-            self._sgd.add_product(self._bias, dy_t, self._ones)
-        return dx
+            self._sgd.add_sums(self._bias, self._dy_t, self._ones)
+        return self._dx
 
-    def _backward_blocks(self, dy: Tensor, dy_t: Tensor, first: bool) -> Tensor:
+    def _backward_blocks(self, first: bool) -> None:
         """Both uses of a block of the weight while it is in the cache."""
-        dx, start = dy, 0
+        start = 0
         for block in self._blocks:
             stop = start + len(block)
             if not first:
-                dx = dx.addmm_(dy[:, start:stop], block) if start else dy[:, start:stop].mm(block)
-            self._sgd.add_product(block, dy_t[start:stop], self._inputs)
+                torch.addmm(self._dx, self._dy[:, start:stop], block, beta=min(start, 1), out=self._dx)
+            self._sgd.add_product(block, self._dy_t[start:stop], self._inputs)
             start = stop
-        return dx
 
 
 class _Conv2d:
@@ -151,7 +164,7 @@ class _ReLU:
         return self._outputs
 
     def backward(self, dy: Tensor, first: bool) -> Tensor:
-        return _aten.threshold_backward(dy, self._outputs, 0)  # type: ignore[no-any-return]  # torch.ops is untyped
+        return dy.mul_(self._outputs.sign_())  # the layer behind is done with them
 
 
 class _MaxPool2d:
@@ -183,36 +196,64 @@ class _Flatten:
 _Layer = _Linear | _Conv2d | _ReLU | _MaxPool2d | _Flatten
 
 
-class FusedEngine:
-    """SGD with momentum and weight decay for a stack; equals `EagerEngine` up to the rounding of float32."""
+class _Stack:
+    """The layers, with the buffers for batches of one size."""
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
-        """Over a model for which `why_not` returns None."""
-        self._sgd = _Sgd(lr, momentum, weight_decay)
+    def __init__(self, leaves: Sequence[nn.Module], sgd: _Sgd, n: int) -> None:
         self._layers: list[_Layer] = []
-        for layer in _pool_first(_leaves(model)):
-            self._layers.append(_by_hand(layer, self._sgd, after=self._layers[-1] if self._layers else None))
-        weighted = [i for i, layer in enumerate(self._layers) if isinstance(layer, _Linear | _Conv2d)]
-        self._one = next(model.parameters()).new_ones(())
-        self._first = weighted[0]  # below it no gradient is wanted
+        for layer in leaves:
+            self._layers.append(_by_hand(layer, sgd, n, after=self._layers[-1] if self._layers else None))
+        first = next(i for i, layer in enumerate(self._layers) if isinstance(layer, _Linear | _Conv2d))
+        self._way_back = [(layer, i == first) for i, layer in enumerate(self._layers)][first:][::-1]
+        self._dy = torch.empty(0)
 
-    def reset(self) -> None:
-        """Forget the momentum: the next step is a client's first."""
-        self._sgd.reset()
-
-    @torch.no_grad()
-    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """One SGD step on (n, ...) inputs and (n,) labels; returns the batch's mean loss before the step, 0-dim."""
-        x = inputs
+    def step(self, x: Tensor, labels: Tensor, minus_one: Tensor) -> Tensor:
+        """One step; returns (n, C) log-probabilities before it. `labels` and `minus_one` are (n, 1)."""
         for layer in self._layers:
             x = layer.forward(x)
         log_p = torch.log_softmax(x, 1)
-        loss, weight = _aten.nll_loss_forward(log_p, labels, None, _MEAN, _NO_LABEL)
-        dy = _aten.nll_loss_backward(self._one, log_p, labels, None, _MEAN, _NO_LABEL, weight)
-        dy = _aten._log_softmax_backward_data(dy, log_p, 1, x.dtype)
-        for i in range(len(self._layers) - 1, self._first - 1, -1):
-            dy = self._layers[i].backward(dy, i == self._first)
-        return loss  # type: ignore[no-any-return]  # torch.ops is untyped
+        if len(self._dy) != len(x):
+            self._dy = torch.empty_like(log_p)
+        dy = torch.exp(log_p, out=self._dy).scatter_add_(1, labels, minus_one)
+        for layer, first in self._way_back:
+            dy = layer.backward(dy, first)
+        return log_p
+
+
+class FusedEngine:
+    """SGD with momentum and weight decay for a stack; equals `EagerEngine` up to the rounding of float32."""
+
+    runs_model = False
+
+    def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
+        """Over a model for which `why_not` returns None."""
+        leaves = _pool_first(_leaves(model))
+        self._flat = isinstance(leaves[0], nn.Flatten)  # then the whole epoch's inputs are, at once
+        self._leaves = leaves[self._flat :]
+        self._sgd = lr, momentum, weight_decay
+        self._velocity: dict[int, Tensor] = {}
+        self._stack = functools.lru_cache(_BATCH_SIZES)(self._new_stack)
+
+    def reset(self) -> None:
+        """Forget the momentum: the next step is a client's first."""
+        self._velocity.clear()
+
+    @torch.no_grad()
+    def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """One pass over (N, ...) inputs and (N,) labels as they lie; returns each batch's mean loss before its step."""
+        x, y = inputs.flatten(1) if self._flat else inputs, labels.unsqueeze(1)
+        minus_one = x.new_full((batch_size, 1), -1)
+        log_p = [
+            self._stack(len(each)).step(each, its, minus_one[: len(each)])
+            for each, its in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
+        ]
+        losses = torch.cat(log_p).gather(1, y).neg_()
+        full = len(y) - len(y) % batch_size
+        means = losses[:full].view(-1, batch_size).mean(1)
+        return torch.cat([means, losses[full:].mean(0)]) if full < len(y) else means
+
+    def _new_stack(self, n: int) -> _Stack:
+        return _Stack(self._leaves, _Sgd(*self._sgd, n, self._velocity), n)
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -254,9 +295,9 @@ def _pool_first(leaves: Sequence[nn.Module]) -> list[nn.Module]:
     return layers
 
 
-def _by_hand(layer: nn.Module, sgd: _Sgd, after: _Layer | None) -> _Layer:
+def _by_hand(layer: nn.Module, sgd: _Sgd, n: int, after: _Layer | None) -> _Layer:
     if isinstance(layer, nn.Linear):
-        return _Linear(layer, sgd)
+        return _Linear(layer, sgd, n)
     if isinstance(layer, nn.Conv2d):
         return _Conv2d(layer, sgd)
     if isinstance(layer, nn.MaxPool2d):

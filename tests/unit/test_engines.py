@@ -57,8 +57,8 @@ def test_eager_equals_torchs_sgd(make: type[nn.Module], momentum: float, weight_
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        told = engine.step(inputs, labels)
-        assert told.shape == ()
+        told = engine.epoch(inputs, labels, len(labels))
+        assert told.shape == (1,)
         assert not told.requires_grad
         assert float(told) == pytest.approx(loss.item(), rel=1e-5)
     mine = model.state_dict()
@@ -71,7 +71,7 @@ def test_steps_change_the_vector_itself() -> None:
     vector = flatten(model)
     engine = EagerEngine(model, 0.1, 0.0, 0.0)
     before = vector.clone()
-    engine.step(*batches(1)[0])
+    engine.epoch(*batches(1)[0], 2)
     assert not torch.equal(vector, before)
     assert torch.equal(SerializationTool.serialize_model(model), vector)
 
@@ -83,7 +83,7 @@ def test_float_buffers_and_frozen_parameters_get_no_step() -> None:
     engine = EagerEngine(model, 0.1, 0.9, 0.5)
     model.eval()  # now nothing but a step could change the running statistics
     for batch in batches(3):
-        engine.step(*batch)
+        engine.epoch(*batch, 3)
     assert model.norm.running_mean.tolist() == [0] * 4
     assert model.norm.running_var.tolist() == [1] * 4
     assert torch.equal(model.frozen.weight, frozen)
@@ -100,7 +100,7 @@ def test_reset_forgets_the_momentum() -> None:
             engine.reset()
         vector.copy_(start)
         for batch in batches(2):
-            engine.step(*batch)
+            engine.epoch(*batch, 3)
         ends.append(vector.clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2]), "without a reset the velocity is still there"

@@ -61,13 +61,13 @@ def visit(client: FedAvgTrainer, client_id: int, start: Tensor, round_idx: int =
 def steps(client: FedAvgTrainer) -> list[tuple[int, list[int]]]:
     """Notes the size and labels of each batch that the engine is given from now on."""
     seen: list[tuple[int, list[int]]] = []
-    real = client.engine.step
+    real = client.engine.epoch
 
-    def step(inputs: Tensor, labels: Tensor) -> Tensor:
-        seen.append((len(inputs), labels.tolist()))
-        return real(inputs, labels)
+    def epoch(inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        seen.extend((len(batch), batch.tolist()) for batch in torch.split(labels, batch_size))
+        return real(inputs, labels, batch_size)
 
-    client.engine.step = step  # type: ignore[method-assign]
+    client.engine.epoch = epoch  # type: ignore[method-assign]
     return seen
 
 
