@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     raise SystemExit(main("fedmpi.fedavg:FEDAVG"))
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from fedmpi.config import RunConfig
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed
-from fedmpi.core.trainer import ClientTrainer
+from fedmpi.core.trainer import ClientTrainer, SingleSteps
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
 from fedmpi.job import Algorithm
@@ -58,6 +59,21 @@ class FedAvgTrainer(ClientTrainer):
             super().begin_client(round_idx, client_id)
         else:
             self.round_idx, self.client_id, self.loss = round_idx, client_id, math.nan
+
+    def takes_one_step(self, client_id: int) -> bool:
+        """One epoch of one batch, an engine for it, and no other `train` in a class derived from this one."""
+        if type(self).train is not FedAvgTrainer.train:
+            return False
+        n = len(self.data.partition[client_id])
+        one_batch = 0 < n <= (self.config.batch_size or n)
+        return one_batch and self.config.local_epochs == 1 and self.engine.single_steps is not None
+
+    def single_steps(self, client_ids: Sequence[int], model_parameters: Tensor) -> SingleSteps:
+        """The step of `train`; a single batch needs no shuffling."""
+        assert self.engine.single_steps is not None
+        held = [self.data.partition[client_id] for client_id in client_ids]
+        inputs, labels = self.data.take(np.concatenate(held))
+        return self.engine.single_steps.run(model_parameters, inputs, labels, [len(each) for each in held])
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples of each client."""

@@ -71,6 +71,7 @@ class _NoSteps:
     """An engine that does nothing, to see what is left."""
 
     runs_model = False
+    single_steps = None
 
     def reset(self) -> None: ...
 

@@ -21,6 +21,9 @@ from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import integer_state, load_integer_state
 
+_TOGETHER = 32
+"""Clients of one step each that are trained together: what they share is then next to nothing a client."""
+
 
 class ClientPassiveManager(NetworkManager):
     """A trainer rank: does what the server orders."""
@@ -80,28 +83,68 @@ class ClientPassiveManager(NetworkManager):
         return work
 
     def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
-        trainer, exact = self.trainer, ExactSum(vector, order.weight_total, order.weight_max)
+        exact = ExactSum(vector, order.weight_total, order.weight_max)
         work = LocalWork(exact=None if order.rows else exact)
-        state = order.integer_state
+        waiting: list[int] = []  # for others that take one step too
         for client_id in self._clients_of(order):
-            self.net.activity = f"client {client_id}, round {order.round_idx}"
-            started = time.perf_counter()
-            with self.net.timeline.span(f"client {client_id}"):
-                (weight,) = trainer.num_samples(np.array([client_id])).tolist()
-                trainer.begin_client(order.round_idx, client_id)
-                if len(order.integer_state):
-                    load_integer_state(trainer.model, order.integer_state)
-                trainer.train(vector)
-                trained = trainer.model_parameters.detach()
-                bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
-                if order.rows:
-                    work.rows.append(trained.cpu().numpy().copy())
-                if len(order.integer_state):
-                    state = integer_state(trainer.model)
-            seconds = time.perf_counter() - started
-            work.updates.append(ClientUpdate(client_id, weight, trainer.loss, seconds, bin_idx, state))
+            if self.trainer.takes_one_step(client_id):
+                waiting.append(client_id)
+            else:
+                self._train_alone(order, vector, client_id, exact, work)
+            if len(waiting) == _TOGETHER:
+                self._train_together(order, vector, waiting, exact, work)
+                waiting = []
+        if waiting:
+            self._train_together(order, vector, waiting, exact, work)
         self.net.activity = f"round {order.round_idx}"
         return work
+
+    def _train_alone(
+        self, order: Order, vector: torch.Tensor, client_id: int, exact: ExactSum, work: LocalWork
+    ) -> None:
+        trainer, state = self.trainer, order.integer_state
+        self.net.activity = f"client {client_id}, round {order.round_idx}"
+        started = time.perf_counter()
+        with self.net.timeline.span(f"client {client_id}"):
+            (weight,) = trainer.num_samples(np.array([client_id])).tolist()
+            trainer.begin_client(order.round_idx, client_id)
+            if len(state):
+                load_integer_state(trainer.model, state)
+            trainer.train(vector)
+            trained = trainer.model_parameters.detach()
+            bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
+            if order.rows:
+                work.rows.append(trained.cpu().numpy().copy())
+            if len(state):
+                state = integer_state(trainer.model)
+        seconds = time.perf_counter() - started
+        work.updates.append(ClientUpdate(client_id, weight, trainer.loss, seconds, bin_idx, state))
+
+    def _train_together(
+        self, order: Order, vector: torch.Tensor, client_ids: list[int], exact: ExactSum, work: LocalWork
+    ) -> None:
+        """The same for clients of one step each, in pieces; one that may not fit into bin 0 is trained alone."""
+        self.net.activity = f"clients {', '.join(map(str, client_ids))}, round {order.round_idx}"
+        started = time.perf_counter()
+        with self.net.timeline.span(*(f"client {client_id}" for client_id in client_ids)):
+            weights = self.trainer.num_samples(np.array(client_ids)).tolist()
+            steps = self.trainer.single_steps(client_ids, vector)
+            fit = [i for i, largest in enumerate(steps.largest) if exact.in_range(largest)]
+            rows = {i: np.empty(len(vector), np.float32) for i in fit} if order.rows else {}
+            for i, columns, values in steps.pieces(fit):
+                if order.rows:
+                    rows[i][columns] = values
+                else:
+                    exact.add_piece(columns, values, weights[i])
+        if not order.rows:
+            exact.count(len(fit))
+        work.rows.extend(rows.values())
+        seconds = (time.perf_counter() - started) / len(client_ids)
+        for i in fit:
+            update = ClientUpdate(client_ids[i], weights[i], steps.losses[i], seconds, 0, order.integer_state)
+            work.updates.append(update)
+        for i in sorted(set(range(len(client_ids))) - set(fit)):
+            self._train_alone(order, vector, client_ids[i], exact, work)
 
     def _clients_of(self, order: Order) -> Iterator[int]:
         """The clients placed on this rank, or those it draws, one after the other, from the line."""

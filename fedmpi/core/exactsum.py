@@ -16,6 +16,7 @@ Shapes: P vector entries, K clients in the sum.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -55,6 +56,8 @@ class ExactSum:
         """
         self._reference = reference.to(torch.float64)
         self._term = torch.empty_like(self._reference)
+        self._scratch = np.empty(_BLOCK)
+        self._scratch_bits = self._scratch.view(np.int64)
         self._weight_total = weight_total
         self._exponent = scale_exponent(weight_total, weight_max)
         self._largest = float(torch.linalg.vector_norm(self._reference, math.inf)) if len(reference) else 0.0
@@ -72,10 +75,11 @@ class ExactSum:
         Returns:
             The client's bin, or None if the vector is not finite and nothing was added.
         """
-        if bin_idx is None and self._largest + _largest(vector) < 2.0**_RANGE_BITS:
+        if bin_idx is None and self.in_range(_largest(vector)):
             bin_idx = 0
         if bin_idx == 0 and vector.device.type == "cpu":
-            self._add_blocks(vector.numpy(), weight * 2.0**self._exponent)
+            self.add_piece(slice(0, len(vector)), vector.numpy(), weight)
+            self.count(1)
             return 0
         self._term.copy_(vector)
         self._term.sub_(self._reference)
@@ -90,6 +94,27 @@ class ExactSum:
             self._term.sub_(rounded.sub_(_MAGIC)).mul_(2.0**_BIN_BITS)  # exact: the bits that were rounded away
         self._put(0, self._term.add_(_MAGIC))
         return bin_idx
+
+    def in_range(self, largest: float) -> bool:
+        """Whether a vector whose absolute values are at most `largest` goes to bin 0; False if that is NaN."""
+        return self._largest + largest < 2.0**_RANGE_BITS
+
+    def add_piece(self, columns: slice, values: NDArray[np.float32], weight: int) -> None:
+        """Add some columns of a client that goes to bin 0, on CPU; `count` it once all its columns are here."""
+        reference, sums, scale = self._reference_array, self._sums_array, weight * 2.0**self._exponent
+        for start in range(0, len(values), _BLOCK):  # each operand crosses the memory bus once
+            block = values[start : start + _BLOCK]
+            count, begin = len(block), columns.start + start
+            term, into = self._scratch[:count], sums[begin : begin + count]
+            np.copyto(term, block)
+            np.subtract(term, reference[begin : begin + count], term)
+            np.multiply(term, scale, term)
+            np.add(term, _MAGIC, term)
+            np.add(into, self._scratch_bits[:count], into)
+
+    def count(self, num_clients: int) -> None:
+        """So many clients have been added by pieces."""
+        self._terms[0] += num_clients
 
     def bin_of(self, vector: Tensor) -> int | None:
         """What `add` would return, without adding."""
@@ -111,19 +136,13 @@ class ExactSum:
             total.add_(self._settled(bin_idx).to(torch.float64).mul_(2.0 ** (_BIN_BITS * bin_idx - self._exponent)))
         return total.div_(max(self._weight_total, 1))
 
-    def _add_blocks(self, vector: NDArray[np.float32], scale: float) -> None:
-        """What `add` does for bin 0, block by block: each operand crosses the memory bus once."""
-        reference, sums = self._reference.numpy(), self._open(0).numpy()
-        scratch = self._term[:_BLOCK].numpy()
-        for start in range(0, len(vector), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            term = scratch[: len(sums[block])]
-            np.copyto(term, vector[block])
-            np.subtract(term, reference[block], out=term)
-            np.multiply(term, scale, out=term)
-            np.add(term, _MAGIC, out=term)
-            np.add(sums[block], term.view(np.int64), out=sums[block])
-        self._terms[0] += 1
+    @functools.cached_property
+    def _reference_array(self) -> NDArray[np.float64]:
+        return self._reference.numpy()
+
+    @functools.cached_property
+    def _sums_array(self) -> NDArray[np.int64]:
+        return self._open(0).numpy()
 
     def _put(self, bin_idx: int, shifted: Tensor) -> None:
         """Add integers that come as float64 with _MAGIC on top."""

@@ -25,14 +25,16 @@ class Timeline:
         self._spans, self._begun = [], time.perf_counter_ns()
 
     @contextlib.contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """What happens inside is called `name`."""
+    def span(self, *names: str) -> Iterator[None]:
+        """What happens inside is called `names`; several share its time evenly, one after the other."""
         if self._spans is None:
             yield
             return
         start = time.perf_counter_ns()
         yield
-        self._spans.append((name, start - self._begun, time.perf_counter_ns() - self._begun))
+        each = (time.perf_counter_ns() - start) / len(names)
+        begin = start - self._begun
+        self._spans += [(name, round(begin + i * each), round(begin + (i + 1) * each)) for i, name in enumerate(names)]
 
     def end(self) -> tuple[str, list[Span]]:
         """This rank's host and spans."""

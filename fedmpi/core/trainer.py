@@ -9,8 +9,8 @@ import copy
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,21 @@ from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.vector import SerializationTool, flatten
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class SingleSteps(Protocol):
+    """What M clients of one step each came to; all of it depends on the client alone.
+
+    Attributes:
+        losses: (M,) mean training losses.
+        largest: (M,) bounds on the absolute values of the trained vectors; NaN: not finite.
+    """
+
+    losses: list[float]
+    largest: list[float]
+
+    def pieces(self, clients: Sequence[int]) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
+        """For each of `clients` (in [0, M)): its place, columns of its vector, and their values, until the next."""
 
 
 class ClientTrainer(ABC):
@@ -71,6 +86,14 @@ class ClientTrainer(ABC):
         self.round_idx, self.client_id, self.loss = round_idx, client_id, math.nan
         seed_everything(derive_seed(self.seed, Stream.CLIENT, round_idx, client_id))
         self.model.train()
+
+    def takes_one_step(self, client_id: int) -> bool:
+        """Whether `single_steps` can do what `train` would, for this client."""
+        return False
+
+    def single_steps(self, client_ids: Sequence[int], model_parameters: Tensor) -> SingleSteps:
+        """Train clients of one step together, each from `model_parameters` (P,); the model at hand is left alone."""
+        raise NotImplementedError("takes_one_step says that there is none")
 
     @abstractmethod
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -41,6 +41,10 @@ class ClientData:
         indices = self.partition[client_id]
         return self._samples.take(indices if order is None else indices[order])
 
+    def take(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """The same of any samples of the training set, in that order."""
+        return self._samples.take(indices)
+
 
 def test_evaluator(
     dataset: Dataset, device: torch.device, memory_format: torch.memory_format, num_samples: int | None

@@ -14,6 +14,7 @@ from fedmpi.core.vector import SerializationTool
 from fedmpi.engines import fused
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
+from fedmpi.engines.single_step import SingleStepEngine
 
 _TOLERANCE = 1e-3
 """Largest difference of two engines' steps, relative to the largest entry of the step."""
@@ -24,9 +25,11 @@ class Engine(Protocol):
 
     Attributes:
         runs_model: whether it calls the model, which may then draw random numbers and tell training from evaluation.
+        single_steps: takes one step each for many clients at once; None: cannot.
     """
 
     runs_model: bool
+    single_steps: SingleStepEngine | None
 
     def reset(self) -> None:
         """The next step is a client's first."""

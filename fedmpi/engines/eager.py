@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedmpi.engines.single_step import SingleStepEngine
+
 
 class EagerEngine:
     """SGD with momentum and weight decay.
@@ -15,6 +17,7 @@ class EagerEngine:
     """
 
     runs_model = True
+    single_steps: SingleStepEngine | None = None
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over the trainable parameters of `model`.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi.core.layout import needs_plain_layout
+from fedmpi.engines.single_step import SingleStepEngine, single_step_engine
 
 _aten = torch.ops.aten
 
@@ -224,10 +225,12 @@ class FusedEngine:
     """SGD with momentum and weight decay for a stack; equals `EagerEngine` up to the rounding of float32."""
 
     runs_model = False
+    single_steps: SingleStepEngine | None
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over a model for which `why_not` returns None."""
         leaves = _pool_first(_leaves(model))
+        self.single_steps = single_step_engine(leaves, lr, weight_decay)
         self._flat = isinstance(leaves[0], nn.Flatten)  # then the whole epoch's inputs are, at once
         self._leaves = leaves[self._flat :]
         self._sgd = lr, momentum, weight_decay
