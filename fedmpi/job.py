@@ -187,7 +187,7 @@ def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     masks = net.on_every_rank(affinity())
     cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
     threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
-    net.crowded = len(node) > cores
+    net.share_cores(len(node), cores)
     warning = oversubscription_warning(cores, len(node), threads)
 
     def open_own() -> torch.device:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmpi.core.comm import SERVER_RANK, PackageProcessor
+from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.manager import NetworkManager
-from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
+from fedmpi.core.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import integer_state, load_integer_state
 

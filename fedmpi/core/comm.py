@@ -2,8 +2,7 @@
 
 Importing this module loads the MPI library; the first `PackageProcessor` starts MPI. In the round loop everything
 travels through buffers; the pickled (lower-case) calls of mpi4py serve the set-up only (`on_root`, `agree`,
-`same_everywhere`). Every wait is a non-blocking call polled with a growing sleep, because a blocked MPI call spins and
-would steal the core of a rank that trains.
+`same_everywhere`). Every wait is a non-blocking call and `Waiting`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import mpi4py
@@ -22,19 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.core.agreement import Agreement
-from fedmpi.core.errors import PeerLostError
+from fedmpi.core.collection import Collection, as_bytes, pieces_of
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
-from fedmpi.core.messages import (
-    HEADER_SIZE,
-    LocalWork,
-    MessageCode,
-    Order,
-    Receiver,
-    pack_updates,
-    unpack_updates,
-    update_dtype,
-)
+from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, Order
 from fedmpi.core.timeline import Span, Timeline
+from fedmpi.core.waiting import Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 mpi4py.rc.initialize = False  # first see whether the launcher belongs to the library: some pairs die in MPI_Init
@@ -43,25 +33,12 @@ from mpi4py import MPI  # noqa: E402  # the settings above must come first
 
 T = TypeVar("T")
 
-SERVER_RANK = 0
-
-MAX_MESSAGE_BYTES = 2**30
-"""Longer buffers travel in pieces: MPI's classic calls count in a C int."""
-
-BLOCK_BYTES = 2**24
-"""The server holds this much of the cohort's rows at a time, however many clients take part."""
-
 _ABORT_S = 3.0
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
 _NOBODY, _SAID = -1, -2
-_PEER_CHECK_S = 1.0
-
-_POLLS = 50  # tests before the first sleep: a message that is on its way arrives within these
-_FIRST_SLEEP_S = 20e-6
-_LONGEST_SLEEP_S = {True: 1e-3, False: 1e-4}  # where ranks outnumber cores, and where they do not
 
 
-class PackageProcessor(Agreement):
+class PackageProcessor(Agreement, Collection):
     """One rank's end of the job's communicator.
 
     Attributes:
@@ -70,7 +47,6 @@ class PackageProcessor(Agreement):
         bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
         activity: what this rank is doing, for the message of a crash, e.g. "client 7, round 3".
         over: whether the server has sent everybody home, so that this process may end.
-        crowded: whether this node has more ranks than cores, so that a waiting rank should sleep deeply.
         timeline: notes what this rank spends its time on, if somebody has begun it.
     """
 
@@ -94,11 +70,14 @@ class PackageProcessor(Agreement):
         self.bytes_sent = 0
         self.activity = ""
         self.over = False
-        self.crowded = True
         self.timeline = Timeline()
         self._counter: MPI.Win | None = None
         self._speaker = self._shared_flag()
-        self._peers = self._peers_on_node()
+        self._waiting = Waiting(self._peers_on_node())
+
+    def share_cores(self, num_ranks: int, num_cores: int) -> None:
+        """So many ranks share this node's cores, which decides how deeply a waiting rank sleeps."""
+        self._waiting.ranks_per_core = num_ranks / num_cores
 
     @property
     def num_trainers(self) -> int:
@@ -111,7 +90,7 @@ class PackageProcessor(Agreement):
         """Collective. The server passes an order, the others None; each gets the order."""
         header = order.header() if order is not None else np.empty(HEADER_SIZE, np.int64)
         with self.timeline.span("order" if self.is_server else "idle"):
-            self._wait(self._comm.Ibcast(header, SERVER_RANK))
+            self._waiting.until(self._comm.Ibcast(header, SERVER_RANK))
             size = Order.body_size(header)
             body = order.body() if order is not None else np.empty(size, np.int64)
             if size:
@@ -122,38 +101,6 @@ class PackageProcessor(Agreement):
         """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype."""
         with self.timeline.span("broadcast"):
             return self._bcast(vector)
-
-    def collect(self, order: Order, work: LocalWork, receiver: Receiver) -> None:
-        """Collective. Bring to the server what the ranks did for `order`.
-
-        EVALUATE_PARAMS: the server's `work.metrics` becomes the sum over ranks.
-        PARAMETER_UPDATE: the server's `receiver` gets each rank's client updates; then the server's `work.exact`
-        becomes the sum over ranks, or, with `order.rows`, the receiver gets one block of columns after the other.
-        """
-        with self.timeline.span("idle"):  # until the slowest rank is here
-            num_bins = self.max_of(work.exact.num_bins if work.exact else 0)
-        with self.timeline.span("collect"):
-            if order.code is MessageCode.EVALUATE_PARAMS:
-                self.reduce_sum(work.metrics)
-            else:
-                self._collect_updates(order, work, receiver, num_bins)
-
-    def _collect_updates(self, order: Order, work: LocalWork, receiver: Receiver, num_bins: int) -> None:
-        num_integers = len(order.integer_state)
-        code = MessageCode.PARAMETER_UPDATE if order.rows else MessageCode.GRADIENT_UPDATE
-        for rank, records in enumerate(self.gather_updates(pack_updates(work.updates, num_integers), num_integers)):
-            receiver.on_receive(rank, code, unpack_updates(records))
-        if order.rows:
-            width = self.max_of(len(work.rows[0]) if work.rows else 0)
-            for columns in _column_blocks(width, len(order.cohort)):
-                mine = [row[columns] for row in work.rows]
-                empty = np.empty((0, columns.stop - columns.start), np.float32)
-                rows = self.gather_rows(np.stack(mine) if mine else empty)
-                if self.is_server:
-                    receiver.on_block(columns, rows)
-        elif work.exact:
-            for buffer in work.exact.buffers(num_bins):
-                self.reduce_sum(buffer)
 
     def open_counter(self) -> None:
         """Collective. Make ready for `draw`."""
@@ -182,56 +129,27 @@ class PackageProcessor(Agreement):
     def max_of(self, value: int) -> int:
         """Collective. The largest of the ranks' values, on every rank."""
         mine, largest = np.array([value], np.int64), np.empty(1, np.int64)
-        self._wait(self._comm.Iallreduce(mine, largest, MPI.MAX))
+        self._waiting.until(self._comm.Iallreduce(mine, largest, MPI.MAX))
         return int(largest[0])
 
-    def reduce_sum(self, sums: NDArray[np.int64]) -> None:
-        """Collective. The server's int64 buffer becomes the sum over all ranks' buffers; the others' stay."""
-        if self.size == 1:
-            return
-        for piece in _pieces(sums):
-            send = MPI.IN_PLACE if self.is_server else piece
-            self._wait(self._comm.Ireduce(send, piece if self.is_server else None, MPI.SUM, SERVER_RANK))
-        self._count(sums.nbytes)
+    def send(self, array: NDArray[Any], rank: int) -> None:
+        self._waiting.until(self._comm.Isend(as_bytes(array), rank))
 
-    def gather_updates(self, records: NDArray[np.void], num_integers: int) -> list[NDArray[np.void]]:
-        """Collective. Each rank passes its client records; the server gets them by rank, the others an empty list."""
-        item = update_dtype(num_integers).itemsize
-        counts = self._counts(len(records))
-        arrived = np.empty(int(counts.sum()), records.dtype)
-        self._gather(_as_bytes(records), _as_bytes(arrived), counts * item)
-        if not self.is_server:
-            return []
-        return np.split(arrived, np.cumsum(counts)[:-1])
-
-    def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B)."""
-        counts = self._counts(len(rows))
-        width = rows.shape[1]
-        arrived = np.empty((int(counts.sum()), width), np.float32)
-        self._gather(_as_bytes(rows), _as_bytes(arrived), counts * width * 4)
-        self._count(rows.nbytes + arrived.nbytes)
-        return arrived
-
-    def gather_counts(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Collective. Each rank passes integers; the server gets them all, rank after rank, the others none."""
-        counts = self._counts(len(values))
-        arrived = np.empty(int(counts.sum()), np.int64)
-        self._gather(_as_bytes(values), _as_bytes(arrived), counts * 8)
-        return arrived
+    def receive(self, array: NDArray[Any], rank: int) -> None:
+        self._waiting.until(self._comm.Irecv(as_bytes(array), rank))
 
     def sum_all(self, values: NDArray[Any]) -> None:
         """Collective. Every rank's buffer becomes the sum over all of them; float sums depend on the ranks."""
-        for piece in _pieces(values):
-            self._wait(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
+        for piece in pieces_of(values):
+            self._waiting.until(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
 
     def barrier(self) -> None:
         """Collective. Returns when all ranks are here."""
-        self._wait(self._comm.Ibarrier())
+        self._waiting.until(self._comm.Ibarrier())
 
     def try_barrier(self, patience_s: float | None) -> bool:
         """Collective. Whether all ranks are here within `patience_s` (None: wait for ever). After False, abort."""
-        return self._wait(self._comm.Ibarrier(), patience_s)
+        return self._waiting.until(self._comm.Ibarrier(), patience_s)
 
     def gather_timeline(self) -> list[tuple[str, list[Span]]]:
         """Collective. After the last round: every rank's host and spans, on the server; elsewhere nothing."""
@@ -317,67 +235,13 @@ class PackageProcessor(Agreement):
         node.Free()
         return {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
 
-    def _check_peers(self) -> None:
-        """A rank of this node that died ends the job here, where its launcher does not see to it.
-
-        Raises:
-            PeerLostError: names the rank.
-        """
-        for rank, pid in self._peers.items():
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                raise PeerLostError(f"rank {rank} (pid {pid}) is gone without a word") from None
-            except PermissionError:
-                continue
-
     def _bcast(self, vector: NDArray[Any]) -> NDArray[Any]:
-        for piece in _pieces(vector):
-            self._wait(self._comm.Ibcast(_as_bytes(piece), SERVER_RANK))
-        self._count(vector.nbytes)
+        for piece in pieces_of(vector):
+            self._waiting.until(self._comm.Ibcast(as_bytes(piece), SERVER_RANK))
+        self.count_bytes(vector.nbytes)
         return vector
 
-    def _counts(self, mine: int) -> NDArray[np.int64]:
-        """Collective. How many items each rank has, on the server; zeros elsewhere."""
-        counts = np.zeros(self.size, np.int64)
-        self._wait(self._comm.Igather(np.array([mine], np.int64), counts if self.is_server else None, SERVER_RANK))
-        return counts
-
-    def _gather(self, mine: NDArray[np.uint8], arrived: NDArray[np.uint8], sizes: NDArray[np.int64]) -> None:
-        """Collective. Concatenate the ranks' bytes on the server, at most `MAX_MESSAGE_BYTES` at a time."""
-        step = max(1, MAX_MESSAGE_BYTES // self.size)
-        starts = np.cumsum(sizes) - sizes
-        for offset in range(0, self.max_of(mine.size), step):
-            part = mine[offset : offset + step]
-            if not self.is_server:
-                self._wait(self._comm.Igatherv(part, None, SERVER_RANK))
-                continue
-            counts = np.clip(sizes - offset, 0, step)
-            begins = np.cumsum(counts) - counts
-            target = np.empty(int(counts.sum()), np.uint8)
-            self._wait(self._comm.Igatherv(part, (target, (counts, begins), MPI.BYTE), SERVER_RANK))
-            for start, count, begin in zip(starts + offset, counts, begins, strict=True):
-                arrived[start : start + count] = target[begin : begin + count]
-
-    def _wait(self, request: MPI.Request, patience_s: float | None = None) -> bool:
-        for _ in range(_POLLS):
-            if request.Test():
-                return True
-            os.sched_yield()
-        sleep_s, started = _FIRST_SLEEP_S, time.monotonic()
-        next_check = started + _PEER_CHECK_S
-        while not request.Test():
-            now = time.monotonic()
-            if patience_s is not None and now - started > patience_s:
-                return False
-            if now > next_check:
-                self._check_peers()
-                next_check = now + _PEER_CHECK_S
-            time.sleep(sleep_s)
-            sleep_s = min(1.5 * sleep_s, _LONGEST_SLEEP_S[self.crowded])
-        return True
-
-    def _count(self, num_bytes: int) -> None:
+    def count_bytes(self, num_bytes: int) -> None:
         if self.size > 1:
             self.bytes_sent += num_bytes
 
@@ -386,21 +250,3 @@ def library_version() -> str:
     """The loaded MPI library in a few words, e.g. "MPICH 5.0.2" or "Open MPI 5.0.10"."""
     name, numbers = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, numbers))}"
-
-
-def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The same memory as bytes; MPI counts bytes alike on every library and for every dtype."""
-    return array.reshape(-1).view(np.uint8)
-
-
-def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Contiguous parts of at most `MAX_MESSAGE_BYTES`, whole items each."""
-    flat = array.reshape(-1)
-    step = max(1, MAX_MESSAGE_BYTES // array.itemsize)
-    return (flat[start : start + step] for start in range(0, flat.size, step))
-
-
-def _column_blocks(num_columns: int, num_rows: int) -> Iterator[slice]:
-    """Slices that cover the columns, each at most `BLOCK_BYTES` of float32 in `num_rows` rows."""
-    step = max(1, BLOCK_BYTES // (4 * max(1, num_rows)))
-    return (slice(start, min(start + step, num_columns)) for start in range(0, num_columns, step))

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmpi.core.errors import ConfigError
+from fedmpi.core.messages import SERVER_RANK
 
 if TYPE_CHECKING:
     import torch
 
-SERVER_RANK = 0
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -17,6 +17,8 @@ from fedmpi.core.errors import LaunchError
 if TYPE_CHECKING:
     import torch
 
+SERVER_RANK = 0
+
 HEADER_SIZE = 9
 """int64 words of an order's header: magic, code, round, K, B, exit code, weight total, weight max, rows."""
 

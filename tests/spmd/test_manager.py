@@ -107,10 +107,10 @@ def test_the_result_is_that_of_one_rank_alone(net, alone, agree):
 
 
 def test_gather_gives_the_bits_of_reduce(net, agree, monkeypatch):
-    from fedmpi.core import comm
+    from fedmpi.core import collection
 
     _, summed, *_ = train(net, collect="reduce")
-    monkeypatch.setattr(comm, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
     _, gathered, *_ = train(net, collect="gather")
     agree(summed == gathered)
 
@@ -135,19 +135,19 @@ class BlockMedian(SyncParameterServerHandler):
 
 
 def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agree, monkeypatch):
-    from fedmpi.core import comm
+    from fedmpi.core import collection
 
-    monkeypatch.setattr(comm, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
     _, by_hand, *_ = train(net, WholeMean)
     _, summed, *_ = train(net)
     agree(by_hand == summed)
 
 
 def test_a_median_over_vectors_and_over_blocks_is_the_same_on_any_ranks(net, alone, agree, monkeypatch):
-    from fedmpi.core import comm
+    from fedmpi.core import collection
 
     _, whole, *_ = train(net, Median)
-    monkeypatch.setattr(comm, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
     _, blocks, *_ = train(net, BlockMedian)
     _, single, *_ = train(alone, Median)
     _, mean, *_ = train(net)

@@ -1,0 +1,186 @@
+"""What the ranks did for an order is brought to the server: records of clients, and their sum or their rows.
+
+Shapes: P vector entries, K clients in the cohort.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmpi.core.messages import (
+    SERVER_RANK,
+    LocalWork,
+    MessageCode,
+    Order,
+    Receiver,
+    pack_updates,
+    unpack_updates,
+)
+from fedmpi.core.timeline import Timeline
+
+MAX_MESSAGE_BYTES = 2**30
+"""Longer buffers travel in pieces: MPI's classic calls count in a C int."""
+
+SUM_BYTES = 2**23
+"""What a rank receives of another's sums at a time, to add it to its own."""
+
+BLOCK_BYTES = 2**24
+"""The server holds this much of the cohort's rows at a time, however many clients take part."""
+
+
+class Collection(ABC):
+    """Collectives that end at the server.
+
+    Attributes:
+        rank: this process, 0 is the server.
+        size: all processes.
+        timeline: notes what this rank spends its time on.
+    """
+
+    rank: int
+    size: int
+    timeline: Timeline
+
+    @abstractmethod
+    def send(self, array: NDArray[Any], rank: int) -> None:
+        """Send a contiguous buffer of at most `MAX_MESSAGE_BYTES`."""
+
+    @abstractmethod
+    def receive(self, array: NDArray[Any], rank: int) -> None:
+        """Receive what `rank` sends into a buffer of that size."""
+
+    @abstractmethod
+    def max_of(self, value: int) -> int:
+        """Collective. The largest of the ranks' values, on every rank."""
+
+    @abstractmethod
+    def count_bytes(self, num_bytes: int) -> None:
+        """Note what went through a call of this rank's."""
+
+    def collect(self, order: Order, work: LocalWork, receiver: Receiver) -> None:
+        """Collective. Bring to the server what the ranks did for `order`.
+
+        EVALUATE_PARAMS: the server's `work.metrics` becomes the sum over ranks.
+        PARAMETER_UPDATE: the server's `receiver` gets each rank's client updates; then the server's `work.exact`
+        becomes the sum over ranks, or, with `order.rows`, the receiver gets one block of columns after the other.
+        """
+        if order.code is MessageCode.EVALUATE_PARAMS:
+            self.reduce_sum(work.metrics)
+            return
+        num_integers = len(order.integer_state)
+        code = MessageCode.PARAMETER_UPDATE if order.rows else MessageCode.GRADIENT_UPDATE
+        for rank, records in enumerate(self.gather_updates(pack_updates(work.updates, num_integers))):
+            receiver.on_receive(rank, code, unpack_updates(records))
+        if order.rows:
+            self._collect_rows(len(order.cohort), work.rows, receiver)
+        elif work.exact:
+            self._sum_up(work.exact.buffers(work.exact.num_bins), work.exact.buffers)
+
+    def _collect_rows(self, num_rows: int, rows: list[NDArray[np.float32]], receiver: Receiver) -> None:
+        with self.timeline.span("idle"):  # until the slowest rank is here
+            width = self.max_of(len(rows[0]) if rows else 0)
+        with self.timeline.span("collect"):
+            for columns in _column_blocks(width, num_rows):
+                mine = [row[columns] for row in rows]
+                empty = np.empty((0, columns.stop - columns.start), np.float32)
+                block = self.gather_rows(np.stack(mine) if mine else empty)
+                if self.rank == SERVER_RANK:
+                    receiver.on_block(columns, block)
+
+    def reduce_sum(self, sums: NDArray[np.int64]) -> None:
+        """Collective. The server's int64 buffer becomes the sum over all ranks' buffers; the others' are used up."""
+        self._sum_up([sums], lambda _: [sums])
+
+    def _sum_up(self, sums: list[NDArray[np.int64]], grow: Callable[[int], list[NDArray[np.int64]]]) -> None:
+        """Collective. `reduce_sum` of as many buffers as the rank with the most of them has.
+
+        A binomial tree by hand, from which nobody waits but for those below: MPICH's `Ireduce` takes two to four times
+        as long, and all ranks would have to agree on a number of buffers first.
+
+        Args:
+            sums: this rank's buffers; more come at the end.
+            grow: that many buffers, the first of which are `sums`.
+        """
+        distance, count = 1, np.empty(1, np.int64)
+        while distance < self.size and self.rank % (2 * distance) == 0:
+            if self.rank + distance < self.size:
+                with self.timeline.span("idle"):
+                    self.receive(count, self.rank + distance)
+                with self.timeline.span("collect"):
+                    sums += grow(int(count[0]))[len(sums) :]
+                    for buffer in sums[: int(count[0])]:
+                        self._receive_and_add(buffer, self.rank + distance)
+            distance *= 2
+        if self.rank != SERVER_RANK:
+            with self.timeline.span("collect"):
+                parent = self.rank - distance
+                self.send(np.array([len(sums)], np.int64), parent)
+                for buffer in sums:
+                    for piece in pieces_of(buffer, SUM_BYTES):
+                        self.send(piece, parent)
+        for buffer in sums:
+            self.count_bytes(buffer.nbytes)
+
+    def _receive_and_add(self, buffer: NDArray[np.int64], source: int) -> None:
+        arrived = np.empty(min(buffer.size, max(1, SUM_BYTES // 8)), np.int64)
+        for piece in pieces_of(buffer, SUM_BYTES):
+            self.receive(arrived[: piece.size], source)
+            piece += arrived[: piece.size]
+
+    def gather_updates(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
+        """Collective. Each rank passes its client records; the server gets them by rank, the others an empty list."""
+        arrived, counts = self._gather(records)
+        return np.split(arrived, np.cumsum(counts)[:-1]) if counts else []
+
+    def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B)."""
+        arrived, _ = self._gather(rows)
+        self.count_bytes(rows.nbytes + arrived.nbytes)
+        return arrived
+
+    def gather_counts(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Collective. Each rank passes integers; the server gets them all, rank after rank, the others none."""
+        return self._gather(values)[0]
+
+    def _gather(self, mine: NDArray[Any]) -> tuple[NDArray[Any], list[int]]:
+        """Collective. All ranks' items, rank after rank, and how many each had, on the server; nothing elsewhere."""
+        if self.rank != SERVER_RANK:
+            self.send(np.array([len(mine)], np.int64), SERVER_RANK)
+            for piece in pieces_of(as_bytes(mine)):
+                self.send(piece, SERVER_RANK)
+            return mine[:0], []
+        counts, count = [len(mine)], np.empty(1, np.int64)
+        for rank in range(1, self.size):
+            with self.timeline.span("idle"):
+                self.receive(count, rank)
+            counts.append(int(count[0]))
+        arrived = np.empty((sum(counts), *mine.shape[1:]), mine.dtype)
+        arrived[: len(mine)] = mine
+        with self.timeline.span("collect"):
+            for rank, stop in list(enumerate(np.cumsum(counts)))[1:]:
+                for piece in pieces_of(as_bytes(arrived[stop - counts[rank] : stop])):
+                    self.receive(piece, rank)
+        return arrived, counts
+
+
+def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as bytes; MPI counts bytes alike on every library and for every dtype."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def pieces_of(array: NDArray[Any], num_bytes: int | None = None) -> Iterator[NDArray[Any]]:
+    """Contiguous parts of at most `num_bytes` (default: `MAX_MESSAGE_BYTES`), whole items each."""
+    flat = array.reshape(-1)
+    step = max(1, (num_bytes or MAX_MESSAGE_BYTES) // array.itemsize)
+    return (flat[start : start + step] for start in range(0, flat.size, step))
+
+
+def _column_blocks(num_columns: int, num_rows: int) -> Iterator[slice]:
+    """Slices that cover the columns, each at most `BLOCK_BYTES` of float32 in `num_rows` rows."""
+    step = max(1, BLOCK_BYTES // (4 * max(1, num_rows)))
+    return (slice(start, min(start + step, num_columns)) for start in range(0, num_columns, step))

@@ -1,0 +1,74 @@
+"""How a rank waits: it polls, and sleeps in between, because a blocked MPI call spins and would steal a core.
+
+Short waits end with little delay and long ones cost little: a rank sleeps for a tenth of what it has waited so far, up
+to a limit that depends on how many ranks share a core.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from fedmpi.core.errors import PeerLostError
+
+_SPIN_S = 3e-4  # a message that is on its way arrives within this time
+_SHARE = 0.1
+_LONGEST_SLEEP_S = 1e-4  # where every rank has a core of its own
+_LONGEST_CROWDED_S = 3e-4  # for each rank a core
+_LONGEST_OF_ALL_S = 1e-3
+_PEER_CHECK_S = 1.0
+
+
+class Request(Protocol):
+    """An MPI operation that is under way."""
+
+    def Test(self) -> bool:  # noqa: N802  # mpi4py's name
+        """Whether it is done; makes progress."""
+
+
+class Waiting:
+    """The patience of one rank.
+
+    Attributes:
+        ranks_per_core: of this node.
+    """
+
+    def __init__(self, peers: Mapping[int, int]) -> None:
+        """`peers`: rank -> process id of this node's other ranks, to notice one that is gone."""
+        self._peers = peers
+        self.ranks_per_core = 2.0
+
+    def until(self, request: Request, patience_s: float | None = None) -> bool:
+        """Return True once `request` is done, or False after `patience_s`.
+
+        Raises:
+            PeerLostError: a rank of this node died, and its launcher does not see to it.
+        """
+        crowded_s = min(_LONGEST_CROWDED_S * self.ranks_per_core, _LONGEST_OF_ALL_S)
+        longest_s = crowded_s if self.ranks_per_core > 1 else _LONGEST_SLEEP_S
+        started = time.monotonic()
+        next_check = started + _PEER_CHECK_S
+        while not request.Test():
+            now = time.monotonic()
+            waited = now - started
+            if waited < _SPIN_S:
+                os.sched_yield()
+                continue
+            if patience_s is not None and waited > patience_s:
+                return False
+            if now > next_check:
+                self._check_peers()
+                next_check = now + _PEER_CHECK_S
+            time.sleep(min(_SHARE * waited, longest_s))
+        return True
+
+    def _check_peers(self) -> None:
+        for rank, pid in self._peers.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                raise PeerLostError(f"rank {rank} (pid {pid}) is gone without a word") from None
+            except PermissionError:
+                continue
