@@ -114,6 +114,7 @@ class ExactSum:
 
     def count(self, num_clients: int) -> None:
         """So many clients have been added by pieces."""
+        self._open(0)
         self._terms[0] += num_clients
 
     def bin_of(self, vector: Tensor) -> int | None:

@@ -41,6 +41,16 @@ def test_same_bits_and_history(job, reference, num_ranks, args, env):
     assert f"model {reference['bits']}" in result.out
 
 
+@pytest.mark.parametrize("client_lr", ["0.1", "100"])  # 100: from the second round on no client fits into bin 0
+def test_same_bits_where_clients_take_one_step(job, client_lr):
+    one_step = ("--batch-size", "0", "--num-clients", "50", "--cohort-size", "40", "--client-lr", client_lr)
+    ranks = [(1, ()), (3, ("--collect", "gather")), (5, ("--schedule", "dynamic"))]  # other clients together
+    results = [job(n, *SMALL, *one_step, *args, name=f"on{n}") for n, args in ranks]
+    assert [result.code for result in results] == [0] * 3, "".join(result.text for result in results)
+    assert len({result.bits() for result in results}) == 1
+    assert results[0].history() == results[1].history() == results[2].history()
+
+
 def test_same_bits_under_hash_seeds_that_differ_per_rank(job, reference, tmp_path):
     import sys
 

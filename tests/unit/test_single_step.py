@@ -97,6 +97,8 @@ def test_the_bound_tells_a_client_that_does_not_fit(broken):
     exact = ExactSum(start, 2, 1)
     assert exact.in_range(steps.largest[0])
     assert not exact.in_range(steps.largest[1])
+    exact.count(0)
+    assert not exact.mean().any(), "nobody added is no update"
 
 
 @pytest.mark.parametrize(
