@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.partition_map import map_split
 from fedmpi.logs import SUMMARY
 from fedmpi.models import build_model
 from fedmpi.options import result_hash
@@ -203,15 +205,23 @@ def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
 
 
 def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
-    """Collective. The split, found or made by the server and sent to all, and its SHA-256."""
+    """Collective. The split, found or made by the server, and its SHA-256.
+
+    A large one is mapped by all ranks from one file if they can see it; else the server sends the arrays.
+    """
     held: list[PartitionIndex] = []
 
-    def resolve() -> tuple[str, int, int]:
+    def resolve() -> tuple[str, int, int, Path | None]:
         index, sha256, _ = resolve_partition(config, dataset, config.data_dir)
         held.append(index)
-        return sha256, len(index.offsets), len(index.indices)
+        return sha256, len(index.offsets), len(index.indices), index.file
 
-    sha256, num_offsets, num_indices = net.on_root(resolve)
+    sha256, num_offsets, num_indices, file = net.on_root(resolve)
+    mapped = held[0] if held else map_split(file, whole=False) if file else None
+    fits = mapped is not None and (len(mapped.offsets), len(mapped.indices)) == (num_offsets, num_indices)
+    if file and net.max_of(int(not fits)) == 0:
+        assert mapped is not None
+        return mapped, sha256
     offsets = held[0].offsets if held else np.empty(num_offsets, np.int64)
     indices = held[0].indices if held else np.empty(num_indices, np.int64)
     return PartitionIndex(net.bcast_vector(offsets), net.bcast_vector(indices)), sha256

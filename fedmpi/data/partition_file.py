@@ -12,6 +12,7 @@ from fedmpi.core.lock import FileLock
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import make_partition, partition_parameters
 from fedmpi.data.partition_index import PartitionIndex, check_partition, partition_sha256
+from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import Manifest, load_dict, manifest_path, read_manifest, save_dict, write_partition
 from fedmpi.data.sources import data_root, writable
 
@@ -120,7 +121,7 @@ def read_partition(path: Path, config: DataConfig, dataset: Dataset) -> tuple[Pa
         manifest = read_manifest(path)
         if manifest is None:
             return None, f"{path} has no manifest"
-        index = check_partition(load_dict(path), len(dataset.train), config.num_clients, str(path))
+        index = read_checked(path, data_root(config.data_dir), len(dataset.train), config.num_clients)
     except PartitionError as error:
         return None, str(error)
     if manifest != Manifest.of(index, dataset, config):
@@ -142,7 +143,7 @@ def _users_file(path: Path, config: RunConfig, dataset: Dataset) -> PartitionInd
             f"{path} was made for {manifest.dataset} (hash {manifest.dataset_sha256[:8]}), "
             f"the data is {dataset.name} (hash {dataset.sha256[:8]})"
         )
-    index = check_partition(load_dict(path), len(dataset.train), config.num_clients, str(path))
+    index = read_checked(path, data_root(config.data_dir), len(dataset.train), config.num_clients)
     if manifest is not None and manifest.sha256 != index.sha256():
         raise PartitionError(
             f"{path} is not the split of its manifest (hash {index.sha256()[:8]}, wanted {manifest.sha256[:8]}): "

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PartitionIndex:
-    """Client k holds `indices[offsets[k]:offsets[k + 1]]`; `offsets` (K + 1,) and `indices` (N,) are int64."""
+    """Client k holds `indices[offsets[k]:offsets[k + 1]]`; `offsets` (K + 1,) and `indices` (N,) are int64.
+
+    `file`: where the arrays are mapped from (see `partition_map`); None: they are in memory.
+    """
 
     offsets: NDArray[np.int64]
     indices: NDArray[np.int64]
+    file: Path | None = None
 
     def __getitem__(self, client_id: int) -> NDArray[np.int64]:
         """The samples of a client: a view, not a copy."""

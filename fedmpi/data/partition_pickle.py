@@ -23,6 +23,8 @@ from fedmpi.data.slicing import Partition
 
 VERSION = 1
 
+_INT64: np.dtype[Any] = np.dtype(np.int64)
+
 
 @paused_gc()
 def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
@@ -66,16 +68,25 @@ def _flat_copies(value: dict[Any, Any], size_bytes: int) -> Partition:
     if not {type(client_id) for client_id in value} <= {int}:
         wrong = next(client_id for client_id in value if type(client_id) is not int)
         raise PartitionError(f"client ids must be integers, found {str(wrong)[:40]!r}")
-    sizes = [_size(client_id, indices) for client_id, indices in value.items()]
-    ends = np.cumsum([0, *sizes]).tolist()
-    if ends[-1] > size_bytes:  # one array under many ids: a small file that would fill the memory
+    held = list(value.values())
+    if {type(indices) for indices in held} == {IntArray} and {_kind(indices) for indices in held} == {(_INT64, 1)}:
+        contents = [indices.content for indices in held]  # nearly every file: a million clients take a second less
+        sizes = np.fromiter(map(len, contents), np.int64, len(contents)) // _INT64.itemsize
+    else:
+        contents = []
+        sizes = np.array([_size(client_id, indices) for client_id, indices in value.items()], np.int64)
+    ends = np.cumsum(sizes).tolist()
+    if ends and ends[-1] > size_bytes:  # one array under many ids: a small file that would fill the memory
         raise PartitionError("it holds more indices than bytes: some are shared between clients")
-    arrays = {type(indices) for indices in value.values()} == {IntArray}
-    if arrays and {indices.dtype for indices in value.values()} == {np.dtype(np.int64)}:
-        flat = np.frombuffer(bytearray().join(indices.content for indices in value.values()), np.int64)
+    if contents:
+        flat = np.frombuffer(bytearray().join(contents), np.int64)
     else:
         flat = np.concatenate([np.empty(0, np.int64), *(_as_int64(*item) for item in value.items())])
-    return {client_id: flat[ends[i] : ends[i + 1]] for i, client_id in enumerate(value)}
+    return {client_id: flat[start:end] for client_id, start, end in zip(value, [0, *ends], ends, strict=False)}
+
+
+def _kind(indices: IntArray) -> tuple[np.dtype[Any], int]:
+    return indices.dtype, len(indices.shape)
 
 
 def _size(client_id: int, indices: Any) -> int:

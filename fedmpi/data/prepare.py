@@ -21,8 +21,9 @@ from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.partition_file import default_partition, new_partition, partition_name, read_partition
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import manifest_path, write_partition
-from fedmpi.data.sources import obtain
+from fedmpi.data.sources import data_root, obtain
 from fedmpi.options import option, parse
 
 PROG = "python -m fedmpi.data.prepare"
@@ -56,6 +57,7 @@ def prepare(config: PrepareConfig) -> str:
         path = Path(config.out).expanduser() / partition_name(config)
         index = _write_once(path, config, dataset)
         flag = f"--partition-file {path}"
+    read_checked(path, data_root(config.data_dir), len(dataset.train), config.num_clients)  # maps a large one for jobs
     sizes = index.sizes
     lines = [
         f"data    {config.dataset}: {len(dataset.train)} training and {len(dataset.test)} test samples"

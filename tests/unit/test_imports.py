@@ -49,7 +49,8 @@ TORCH = {
     "bench.floor", "bench.machine", "bench.rounds",
     "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler", "core.layout",
     "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data", "engines.choose",
-    "engines.eager", "engines.fused", "engines.single_step", "fedavg", "job", "models", "models.cnn", "models.mlp", "report.run_folder",
+    "engines.eager",
+    "engines.fused", "engines.single_step", "fedavg", "job", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip
 
 
