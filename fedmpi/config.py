@@ -81,9 +81,9 @@ class RunConfig(DataConfig):
         "Machine",
         "[1, 1024]",
     )
-    schedule: Literal["static", "dynamic"] = option(
-        "static", "clients are placed by expected cost, or idle trainers draw the next; same bits", "Machine",
-        result=False,
+    schedule: Literal["auto", "static", "dynamic"] = option(
+        "auto", "static: clients are placed by expected cost; dynamic: idle trainers draw the next; same bits (auto:"
+        " dynamic within one node)", "Machine", result=False,
     )  # fmt: skip
     ethernet: str | None = option(None, "network interface MPI uses between nodes, e.g. eth0", "Machine", result=False)
     run_dir: str | None = option(

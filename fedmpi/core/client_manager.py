@@ -57,7 +57,7 @@ class ClientPassiveManager(NetworkManager):
         num_clients = self.net.max_of(0)
         self.trainer.seed = self.net.max_of(0)
         if self.net.max_of(0):
-            self.net.open_counter()
+            self.net.open_line()
         self._share_sizes(num_clients, self.trainer, self.trainer_idx)
 
     def downlink(self) -> NDArray[np.float32]:
@@ -85,17 +85,12 @@ class ClientPassiveManager(NetworkManager):
     def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
         exact = ExactSum(vector, order.weight_total, order.weight_max)
         work = LocalWork(exact=None if order.rows else exact)
-        waiting: list[int] = []  # for others that take one step too
-        for client_id in self._clients_of(order):
-            if self.trainer.takes_one_step(client_id):
-                waiting.append(client_id)
-            else:
+        for client_ids in self._clients_of(order):
+            one_step = [client_id for client_id in client_ids if self.trainer.takes_one_step(client_id)]
+            for start in range(0, len(one_step), _TOGETHER):
+                self._train_together(order, vector, one_step[start : start + _TOGETHER], exact, work)
+            for client_id in (client_id for client_id in client_ids if client_id not in one_step):
                 self._train_alone(order, vector, client_id, exact, work)
-            if len(waiting) == _TOGETHER:
-                self._train_together(order, vector, waiting, exact, work)
-                waiting = []
-        if waiting:
-            self._train_together(order, vector, waiting, exact, work)
         self.net.activity = f"round {order.round_idx}"
         return work
 
@@ -146,14 +141,14 @@ class ClientPassiveManager(NetworkManager):
         for i in sorted(set(range(len(client_ids))) - set(fit)):
             self._train_alone(order, vector, client_ids[i], exact, work)
 
-    def _clients_of(self, order: Order) -> Iterator[int]:
-        """The clients placed on this rank, or those it draws, one after the other, from the line."""
+    def _clients_of(self, order: Order) -> Iterator[list[int]]:
+        """The clients placed on this rank, at once, or those it draws from the line, a few at a time."""
         if len(order.ranks) and order.ranks[0] < 0:
             line = order.cohort[np.argsort(-1 - order.ranks)]
-            while (position := self.net.draw(len(line))) is not None:
-                yield int(line[position])
+            for places in self.net.draw(len(line)):
+                yield line[places.start : places.stop].tolist()
         else:
-            yield from order.cohort[order.ranks == self.net.rank].tolist()
+            yield order.cohort[order.ranks == self.net.rank].tolist()
 
     def _evaluate(self, order: Order, vector: torch.Tensor) -> LocalWork:
         if self.evaluator is None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import mpi4py
@@ -23,6 +24,7 @@ from fedmpi.core.agreement import Agreement
 from fedmpi.core.collection import Collection, as_bytes, pieces_of
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, Order
+from fedmpi.core.schedule import helping
 from fedmpi.core.timeline import Span, Timeline
 from fedmpi.core.waiting import Waiting
 
@@ -46,6 +48,7 @@ class PackageProcessor(Agreement, Collection):
         size: all processes.
         bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
         activity: what this rank is doing, for the message of a crash, e.g. "client 7, round 3".
+        one_node: whether all ranks share one node's memory.
         over: whether the server has sent everybody home, so that this process may end.
         timeline: notes what this rank spends its time on, if somebody has begun it.
     """
@@ -74,6 +77,7 @@ class PackageProcessor(Agreement, Collection):
         self._counter: MPI.Win | None = None
         self._speaker = self._shared_flag()
         self._waiting = Waiting(self._peers_on_node())
+        self.one_node = self.max_of(self.size - len(self.ranks_of_node())) == 0
 
     def share_cores(self, num_ranks: int, num_cores: int) -> None:
         """So many ranks share this node's cores, which decides how deeply a waiting rank sleeps."""
@@ -102,29 +106,33 @@ class PackageProcessor(Agreement, Collection):
         with self.timeline.span("broadcast"):
             return self._bcast(vector)
 
-    def open_counter(self) -> None:
-        """Collective. Make ready for `draw`."""
+    def open_line(self) -> None:
+        """Collective. Make ready for `begin_line` and `draw`."""
         self._counter = MPI.Win.Allocate(8 if self.is_server else 0, 8, comm=self._comm)
-        if self.is_server:
-            np.asarray(self._counter.tomemory()).view(np.int64)[:] = 0
-        self._comm.Barrier()
         self._counter.Lock_all()
-        self._drawn = 0
 
-    def draw(self, count: int) -> int | None:
-        """One-sided. The next of `count` places that no rank has drawn yet this round; None, once, when all are gone.
+    def begin_line(self) -> None:
+        """On the server, before the order that tells trainers to draw."""
+        self._count_on(0, MPI.REPLACE)
 
-        Every trainer draws until it gets None: the counter is never reset, each rank knows where a round begins.
+    def draw(self, count: int) -> Iterator[range]:
+        """One-sided. The places in a line of `count` that no rank has drawn yet, a few at a time, in ascending order.
+
+        How few: see `schedule.helping`. Every trainer draws until there are none.
         """
-        assert self._counter is not None, "open_counter comes first"
-        one, got = np.ones(1, np.int64), np.empty(1, np.int64)
-        self._counter.Fetch_and_op(one, got, SERVER_RANK, 0, MPI.SUM)
+        place = 0
+        while place < count:
+            num_places = helping(count - place, self.num_trainers)
+            place = self._count_on(num_places, MPI.SUM)
+            if place < count:
+                yield range(place, min(place + num_places, count))
+
+    def _count_on(self, operand: int, operation: MPI.Op) -> int:
+        assert self._counter is not None, "open_line comes first"
+        value, got = np.array([operand], np.int64), np.empty(1, np.int64)
+        self._counter.Fetch_and_op(value, got, SERVER_RANK, 0, operation)
         self._counter.Flush(SERVER_RANK)  # done by this rank alone: within a node it is an atomic in shared memory
-        place = int(got[0]) - self._drawn
-        if place < count:
-            return place
-        self._drawn += count + self.num_trainers
-        return None
+        return int(got[0])
 
     def max_of(self, value: int) -> int:
         """Collective. The largest of the ranks' values, on every rank."""

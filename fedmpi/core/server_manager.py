@@ -39,7 +39,7 @@ class ServerManager(NetworkManager):
         *,
         eval_every: int = 0,
         collect: Literal["auto", "reduce", "gather"] = "auto",
-        schedule: Literal["static", "dynamic"] = "static",
+        schedule: Literal["auto", "static", "dynamic"] = "auto",
         observers: Sequence[Observer] = (),
         facts: Mapping[str, object] | None = None,
     ) -> None:
@@ -51,7 +51,8 @@ class ServerManager(NetworkManager):
             local: the client half, needed only when this is the job's only rank.
             eval_every: evaluate after every so many rounds and after the last; 0: never.
             collect: how updates travel; "auto": as the handler needs them.
-            schedule: static: clients are placed before the round; dynamic: idle trainers draw the next.
+            schedule: static: clients are placed before the round; dynamic: idle trainers draw the next; auto: dynamic
+                within one node.
             observers: told of each round.
             facts: more that must be the same on all ranks.
 
@@ -71,7 +72,7 @@ class ServerManager(NetworkManager):
         if net.size == 1 and local is None:
             raise ConfigError("a job of one rank trains on it too: give ServerManager a ClientPassiveManager, or -n 2")
         self._rows_travel = self._needs != "sum" or collect == "gather"
-        self._draws = schedule == "dynamic"
+        self._draws = schedule == "dynamic" or (schedule == "auto" and net.one_node and net.num_trainers > 1)
         self._costs = CostModel()
         self._evaluation_due = False
         self._failure: FedmpiError | None = None
@@ -86,7 +87,7 @@ class ServerManager(NetworkManager):
         num_clients = self.net.max_of(self.handler.num_clients)
         seed = self.net.max_of(self.handler.seed)
         if self.net.max_of(int(self._draws)):
-            self.net.open_counter()
+            self.net.open_line()
         trainer = self.local.trainer if self.local else None
         if trainer is not None:
             trainer.seed = seed
@@ -110,6 +111,7 @@ class ServerManager(NetworkManager):
         costs, num_trainers = self._costs.costs(handler.weights), self.net.num_trainers
         if self._draws and not is_pinned(len(cohort), num_trainers, handler.num_clients):
             ranks = -1 - queue(costs)
+            self.net.begin_line()
         else:
             ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 
-def test_every_place_is_drawn_once_round_after_round(net, agree):
-    net.open_counter()
-    for count in (10, 0, 3):
+def test_every_place_is_drawn_once_line_after_line(net, agree):
+    net.open_line()
+    for count in (10, 0, 3, 1000, 1):
+        net.barrier()  # in a job: the order
+        if net.is_server:
+            net.begin_line()
+        net.barrier()
         drawn = []
         if not net.is_server or net.size == 1:
-            while (place := net.draw(count)) is not None:
-                drawn.append(place)
+            drawn = [place for places in net.draw(count) for place in places]
         held = net.on_every_rank(drawn)
         agree(sorted(place for each in held for place in each) == list(range(count)), held)
         agree(drawn == sorted(drawn), drawn)

@@ -48,7 +48,7 @@ OPTIONS: list[tuple[str, Any, Any, Any]] = [
     ("seed", 0, 7, 2**63 - 1),
     ("device", "auto", "cpu", "cuda"),
     ("threads", 1, 2, "auto"),
-    ("schedule", "static", "dynamic", "static"),
+    ("schedule", "auto", "dynamic", "static"),
     ("ethernet", None, "eth0", "ib0"),
     ("run_dir", None, "runs/a", "runs/b"),
 ]
