@@ -24,6 +24,9 @@ from fedmpi.core.vector import integer_state, load_integer_state
 _TOGETHER = 32
 """Clients of one step each that are trained together: what they share is then next to nothing a client."""
 
+_AT_LEAST = 12
+"""Clients of one step each that a trainer draws at a time."""
+
 
 class ClientPassiveManager(NetworkManager):
     """A trainer rank: does what the server orders."""
@@ -145,7 +148,8 @@ class ClientPassiveManager(NetworkManager):
         """The clients placed on this rank, at once, or those it draws from the line, a few at a time."""
         if len(order.ranks) and order.ranks[0] < 0:
             line = order.cohort[np.argsort(-1 - order.ranks)]
-            for places in self.net.draw(len(line)):
+            takes_one_step = self.trainer.takes_one_step
+            for places in self.net.draw(len(line), lambda place: _AT_LEAST if takes_one_step(int(line[place])) else 1):
                 yield line[places.start : places.stop].tolist()
         else:
             yield order.cohort[order.ranks == self.net.rank].tolist()

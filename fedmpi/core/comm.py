@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import mpi4py
@@ -111,18 +111,30 @@ class PackageProcessor(Agreement, Collection):
         self._counter = MPI.Win.Allocate(8 if self.is_server else 0, 8, comm=self._comm)
         self._counter.Lock_all()
 
+    def close_line(self) -> None:
+        """Collective. The end of `open_line`, if that was called."""
+        if self._counter is not None:
+            self.barrier()  # a patient wait: the next line is collective
+            self._counter.Unlock_all()
+            self._counter.Free()
+            self._counter = None
+
     def begin_line(self) -> None:
         """On the server, before the order that tells trainers to draw."""
         self._count_on(0, MPI.REPLACE)
 
-    def draw(self, count: int) -> Iterator[range]:
+    def draw(self, count: int, least: Callable[[int], int]) -> Iterator[range]:
         """One-sided. The places in a line of `count` that no rank has drawn yet, a few at a time, in ascending order.
 
         How few: see `schedule.helping`. Every trainer draws until there are none.
+
+        Args:
+            count: places in the line.
+            least: about where the line has got to -> how many places to draw at least.
         """
         place = 0
         while place < count:
-            num_places = helping(count - place, self.num_trainers)
+            num_places = helping(count - place, self.num_trainers, least(place))
             place = self._count_on(num_places, MPI.SUM)
             if place < count:
                 yield range(place, min(place + num_places, count))
@@ -188,11 +200,7 @@ class PackageProcessor(Agreement, Collection):
     def leave(self, exit_code: int) -> int:
         """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""
         self.over = True
-        if self._counter is not None:
-            self.barrier()  # a patient wait: the next line is collective
-            self._counter.Unlock_all()
-            self._counter.Free()
-            self._counter = None
+        self.close_line()
         if exit_code:
             self.barrier()  # the message is out before a launcher sees the first exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it at the first code, and would report 143

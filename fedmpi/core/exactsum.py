@@ -26,7 +26,7 @@ from torch import Tensor
 
 _RANGE_BITS = 7  # |w_k - w| below 2^7 goes to bin 0
 _BIN_BITS = 40  # bin j takes updates below 2^(7 + 40 j)
-_BLOCK = 2**15  # entries; three float64 of each fit in a core's cache
+_BLOCK = 2**16  # entries: for shorter blocks, calls cost more than memory
 _MAGIC = 1.5 * 2.0**52  # x + _MAGIC has the integer nearest to x in its low mantissa bits, for |x| <= 2^51
 _MAGIC_BITS = 0x4338_0000_0000_0000  # the bits of _MAGIC itself
 

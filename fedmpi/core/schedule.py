@@ -73,12 +73,12 @@ def is_pinned(cohort_size: int, num_trainers: int, num_clients: int) -> bool:
     return num_trainers in (num_clients, cohort_size)
 
 
-def helping(num_left: int, num_trainers: int) -> int:
-    """How many places a trainer draws from a line with `num_left`: many at first, one at a time towards the end.
+def helping(num_left: int, num_trainers: int, least: int) -> int:
+    """How many places a trainer draws from a line with `num_left`: many at first, `least` at a time towards the end.
 
     Source: Polychronopoulos and Kuck, "Guided self-scheduling", 1987; a smaller share, for the costliest come first.
     """
-    return max(1, num_left // (16 * num_trainers))
+    return max(least, num_left // (16 * num_trainers))
 
 
 def queue(costs: NDArray[np.float64]) -> NDArray[np.int64]:

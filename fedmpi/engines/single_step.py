@@ -2,7 +2,7 @@
 
 With few samples a client, most of a client's time goes into moving its model: a copy of the weights, a pass over it for
 the step, a pass for the sum. Here the weights are read once for all clients at hand, and a client's model exists only
-as one piece of its vector after the other, small enough to be formed, summed and forgotten within a core's cache.
+as one piece of its vector after the other, small enough to be formed, summed and forgotten within the cache.
 
 What a client comes to depends on that client alone, not on those it is taken together with: each has products of its
 own, on rows that begin at a multiple of 64 bytes, because a product's last bits may depend on that.
@@ -12,6 +12,7 @@ Shapes: P vector entries, M clients, N samples of all of them, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-_PIECE = 2**15
-"""Entries of a piece; with its terms of the exact sum it stays in a core's cache."""
+_PIECE = 2**18
+"""Entries of a piece: a megabyte, which stays in the cache; for smaller ones, calls cost more than memory."""
 
 _ALIGNED = 16  # float32 in 64 bytes
 _SLACK = 1.01  # on a bound: its own rounding, and the products'
@@ -165,12 +166,12 @@ class SingleSteps:
         step = np.zeros(len(starts))
         for layer in self._layers:
             largest = [
-                np.maximum.reduceat(each.abs().amax(1).to(torch.float64).numpy(), starts)
+                np.maximum.reduceat(torch.linalg.vector_norm(each, math.inf, 1).to(torch.float64).numpy(), starts)
                 for each in (layer.gradients, layer.inputs)
             ]
             step = np.maximum(step, largest[0] * np.maximum(largest[1], 1))  # a bias has inputs of 1
         decay = abs(1 - self._form.lr * self._form.weight_decay)
-        return _SLACK * (decay * float(vector.abs().max()) + self._form.lr * step)
+        return _SLACK * (decay * float(torch.linalg.vector_norm(vector, math.inf)) + self._form.lr * step)
 
 
 def _rows(count: int, width: int) -> Tensor:
