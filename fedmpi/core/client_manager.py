@@ -59,9 +59,9 @@ class ClientPassiveManager(NetworkManager):
         self._check_same(self.trainer.model, self.trainer.device)
         num_clients = self.net.max_of(0)
         self.trainer.seed = self.net.max_of(0)
+        self._share_sizes(num_clients, self.trainer, self.trainer_idx)
         if self.net.max_of(0):
             self.net.open_line()
-        self._share_sizes(num_clients, self.trainer, self.trainer_idx)
 
     def downlink(self) -> NDArray[np.float32]:
         """The receive buffer."""

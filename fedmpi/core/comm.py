@@ -94,17 +94,18 @@ class PackageProcessor(Agreement, Collection):
         """Collective. The server passes an order, the others None; each gets the order."""
         header = order.header() if order is not None else np.empty(HEADER_SIZE, np.int64)
         with self.timeline.span("order" if self.is_server else "idle"):
-            self._waiting.until(self._comm.Ibcast(header, SERVER_RANK))
+            self.spread(header)
             size = Order.body_size(header)
             body = order.body() if order is not None else np.empty(size, np.int64)
             if size:
-                self._bcast(body)
+                self.spread(body)
         return Order.unpack(header, body)
 
     def bcast_vector(self, vector: NDArray[Any]) -> NDArray[Any]:
         """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype."""
         with self.timeline.span("broadcast"):
-            return self._bcast(vector)
+            self.spread(vector)
+        return vector
 
     def open_line(self) -> None:
         """Collective. Make ready for `begin_line` and `draw`."""
@@ -152,8 +153,9 @@ class PackageProcessor(Agreement, Collection):
         self._waiting.until(self._comm.Iallreduce(mine, largest, MPI.MAX))
         return int(largest[0])
 
-    def send(self, array: NDArray[Any], rank: int) -> None:
-        self._waiting.until(self._comm.Isend(as_bytes(array), rank))
+    def send(self, array: NDArray[Any], *ranks: int) -> None:
+        for request in [self._comm.Isend(as_bytes(array), rank) for rank in ranks]:
+            self._waiting.until(request)
 
     def receive(self, array: NDArray[Any], rank: int) -> None:
         self._waiting.until(self._comm.Irecv(as_bytes(array), rank))
@@ -250,12 +252,6 @@ class PackageProcessor(Agreement, Collection):
         held = node.allgather((self.rank, os.getpid(), namespace))
         node.Free()
         return {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
-
-    def _bcast(self, vector: NDArray[Any]) -> NDArray[Any]:
-        for piece in pieces_of(vector):
-            self._waiting.until(self._comm.Ibcast(as_bytes(piece), SERVER_RANK))
-        self.count_bytes(vector.nbytes)
-        return vector
 
     def count_bytes(self, num_bytes: int) -> None:
         if self.size > 1:

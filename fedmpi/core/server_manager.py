@@ -86,12 +86,12 @@ class ServerManager(NetworkManager):
         self._check_same(self.handler.model, self.local.trainer.device if self.local else None)
         num_clients = self.net.max_of(self.handler.num_clients)
         seed = self.net.max_of(self.handler.seed)
-        if self.net.max_of(int(self._draws)):
-            self.net.open_line()
         trainer = self.local.trainer if self.local else None
         if trainer is not None:
             trainer.seed = seed
         self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
+        if self.net.max_of(int(self._draws)):
+            self.net.open_line()
         self._clock = RoundClock(self.net)  # the first round starts now
 
     def next_order(self) -> Order:
