@@ -26,6 +26,9 @@ logger = logging.getLogger("fedmpi.bench")
 TARGETS = {"2nn": 0.60, "cnn": 0.80, "k1000": 0.65, "k10000": 0.75}
 """Median of fedmpi's time over the floor's that we hold ourselves to, with two trainers."""
 
+SCALE = "scale"
+"""The case without training: what rounds cost against clients, vector length and ranks."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -35,7 +38,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str]) -> int:
     """Collective. Returns the exit code."""
     parser = _Parser(prog="python -m fedmpi.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(TARGETS)} (default: all of them)")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(TARGETS)} (default: all of them), or {SCALE}"
+    )
     parser.add_argument("--pairs", type=int, default=5, help="timed blocks of each kind (default: 5)")
     parser.add_argument("--starts", type=int, default=3, help="timed starts of each kind; 0: none (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here too")
@@ -60,8 +65,8 @@ def _run(net: PackageProcessor, prepared: tuple[argparse.Namespace, dict[str, li
 
 def _checked(options: argparse.Namespace) -> argparse.Namespace:
     for case in options.cases:
-        if case not in TARGETS:
-            raise ConfigError(f"CASE must be of {', '.join(TARGETS)}, got {case}")
+        if case not in (*TARGETS, SCALE):
+            raise ConfigError(f"CASE must be of {', '.join(TARGETS)}, {SCALE}, got {case}")
     for name, least in (("pairs", 1), ("starts", 0)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} must be {least} or more, got {getattr(options, name)}")
@@ -85,9 +90,11 @@ def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[st
             "start:   round 0 begins %.2f s after mpirun, a bare import torch + barrier takes %.2f s: %+.2f s",
             medians["fedmpi"], medians["bare"], median_difference(starts),
         )  # fmt: skip
-    _say("%-8s %10s %10s %22s %7s %18s %6s %9s", "case", "fedmpi s", "floor s", "ratio (min-max)", "target",
-         "accuracy, floor's", "idle", "ms/client")  # fmt: skip
-    for name in options.cases or TARGETS:
+    cases = [case for case in options.cases or TARGETS if case != SCALE]
+    if cases:
+        _say("%-8s %10s %10s %22s %7s %18s %6s %9s", "case", "fedmpi s", "floor s", "ratio (min-max)", "target",
+             "accuracy, floor's", "idle", "ms/client")  # fmt: skip
+    for name in cases:
         rounds = CaseBench(net, pair, CASES[name]).run(options.pairs)
         ratios = rounds.ratios
         _say(
@@ -98,9 +105,31 @@ def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[st
         )  # fmt: skip
         _say("         engine %s; floor %s", rounds.engine, rounds.floor)
         figures["cases"][name] = {**vars(rounds), "ratios": ratios, "noisy": rounds.noisy}
+    if SCALE in options.cases:
+        figures[SCALE] = _scale(net, figures["limits"])
     figures["pss MB"] = machine.pss_mb(net)
     _say("memory:  %.0f MB over all ranks (PSS), by rank %s", sum(figures["pss MB"]), figures["pss MB"])
     return figures
+
+
+def _scale(net: PackageProcessor, limits: dict[str, float]) -> dict[str, Any]:
+    """Collective. The rows of `scale.overheads`, and what its model says of more ranks, on the server."""
+    from fedmpi.bench import scale
+
+    _say("%10s %12s %10s %10s %10s %10s", "clients", "entries", "round ms", "broadcast", "collect", "step")
+    rows = []
+    for row in scale.overheads(net):
+        if net.is_server:
+            rows.append(row)
+            _say("%10d %12d %10.2f %10.2f %10.2f %10.2f", *row.values())
+    model = {
+        str(ranks): {str(entries): round(scale.predicted_ms(limits, net.size, ranks, entries), 2)
+                     for entries in scale.ENTRIES}
+        for ranks in scale.RANKS
+    }  # fmt: skip
+    for ranks, times in model.items():
+        _say("model:  %5s ranks: %s", ranks, ", ".join(f"{int(n):.0e} entries {ms} ms" for n, ms in times.items()))
+    return {"rows": rows, "model ms": model}
 
 
 def _say(line: str, *values: object) -> None:

@@ -11,9 +11,8 @@ import torch
 
 from fedmpi.bench.cases import Case
 from fedmpi.bench.floor import BareLoop
+from fedmpi.bench.records import Records
 from fedmpi.core.comm import PackageProcessor
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import RoundRecord
 from fedmpi.core.vector import SerializationTool
 from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
@@ -56,17 +55,6 @@ class Rounds:
         return max(self.floor_s) > 1.25 * min(self.floor_s)
 
 
-class _Records(list[RoundRecord]):
-    """Keeps what the round loop reports."""
-
-    def on_round(self, record: RoundRecord) -> None:
-        """One more."""
-        self.append(record)
-
-    def on_end(self, handler: SyncParameterServerHandler) -> None:
-        """Nothing."""
-
-
 class _NoSteps:
     """An engine that does nothing, to see what is left."""
 
@@ -103,7 +91,7 @@ class CaseBench:
 
     def run(self, pairs: int) -> Rounds:
         """Collective. `pairs` timed blocks of each in turns, after one of each that is not counted."""
-        fedmpi_s, floor_s, records = [], [], _Records()
+        fedmpi_s, floor_s, records = [], [], Records()
         for pair in range(pairs + 1):
             mine, records = self._block()
             floor, floor_accuracy = self._floor_block()
@@ -132,9 +120,9 @@ class CaseBench:
             " / ".join(sorted({form for form in forms if form})),
         )
 
-    def _block(self) -> tuple[float, _Records]:
+    def _block(self) -> tuple[float, Records]:
         """Collective. fedmpi's rounds from the initial weights: seconds a round and the records, on the server."""
-        records, halves = _Records(), self._halves
+        records, halves = Records(), self._halves
         if halves.handler is not None:
             SerializationTool.deserialize_model(halves.handler.model, self._initial)
             handler = FEDAVG.handler(halves.handler.model, self._config)

@@ -1,0 +1,17 @@
+"""What the round loop tells a benchmark."""
+
+from __future__ import annotations
+
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import RoundRecord
+
+
+class Records(list[RoundRecord]):
+    """Keeps the records of all rounds, on the server."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """One more."""
+        self.append(record)
+
+    def on_end(self, handler: SyncParameterServerHandler) -> None:
+        """Nothing."""
