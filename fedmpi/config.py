@@ -47,9 +47,10 @@ class RunConfig(DataConfig):
     model: str = option("cnn", "2nn, cnn, cnn_fedlab, logistic, or module:function", "Local training")
     local_epochs: int = option(1, "passes over a client's samples each round", "Local training", "[1, inf)")
     batch_size: int = option(10, "samples a step; 0 = all the client has", "Local training", "[0, inf)")
-    engine: Literal["auto", "eager", "fused"] = option(
-        "auto", "how SGD steps are taken: autograd, or by hand for plain stacks of layers", "Local training"
-    )
+    engine: Literal["auto", "eager", "fused", "graph"] = option(
+        "auto", "how SGD steps are taken: by autograd, by hand (plain stacks of layers), recorded by hand (on a GPU)",
+        "Local training",
+    )  # fmt: skip
     client_lr: float = option(0.1, "step size of the clients' SGD", "Local training", "(0, inf)")
     client_momentum: float = option(0.0, "momentum of the clients' SGD", "Local training", "[0, 1)")
     client_weight_decay: float = option(0.0, "weight decay of the clients' SGD", "Local training", "[0, inf)")

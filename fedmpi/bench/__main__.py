@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--pairs", type=int, default=5, help="timed blocks of each kind (default: 5)")
     parser.add_argument("--starts", type=int, default=3, help="timed starts of each kind; 0: none (default: 3)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu", help="of both (default: cpu)")
     parser.add_argument("--json", metavar="FILE", help="write all figures here too")
 
     def prepare() -> tuple[argparse.Namespace, dict[str, list[float]]]:
@@ -95,7 +96,7 @@ def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[st
         _say("%-8s %10s %10s %22s %7s %18s %6s %9s", "case", "fedmpi s", "floor s", "ratio (min-max)", "target",
              "accuracy, floor's", "idle", "ms/client")  # fmt: skip
     for name in cases:
-        rounds = CaseBench(net, pair, CASES[name]).run(options.pairs)
+        rounds = CaseBench(net, pair, CASES[name], options.device).run(options.pairs)
         ratios = rounds.ratios
         _say(
             "%-8s %10.3f %10.3f %8.3f (%.3f-%.3f) %7.2f %8.2f %% %6.2f %% %4.0f %% %9.3f%s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedmpi.config import RunConfig
 
@@ -23,8 +24,7 @@ class Case:
     cohort_size: int
     rounds: int
 
-    @property
-    def config(self) -> RunConfig:
+    def config(self, device: Literal["auto", "cpu", "cuda"]) -> RunConfig:
         """Its options: B = 10, E = 1, lr 0.1, an evaluation each round."""
         return RunConfig(
             dataset="mnist",
@@ -32,7 +32,7 @@ class Case:
             num_clients=self.num_clients,
             cohort_size=self.cohort_size,
             rounds=self.rounds,
-            device="cpu",
+            device=device,
         )
 
 

@@ -70,18 +70,19 @@ class BareLoop:
     def round(self, cohort: Sequence[int]) -> None:
         """One round: this process's half of the cohort, the mean of all, in `vector`."""
         start = self.vector.clone()
-        total = torch.zeros(len(start) + 1)
+        total = torch.zeros(len(start) + 1, device=start.device)
         for client_id in cohort[self._share :: self._num_shares]:
             inputs, labels = self._clients[client_id]
             self.vector.copy_(start)
-            order = torch.randperm(len(labels))
+            order = torch.randperm(len(labels), device=labels.device)
             x, y = inputs[order], labels[order]
             for i in range(0, len(labels), self._batch_size):
                 self._step(x[i : i + self._batch_size], y[i : i + self._batch_size])
             total[:-1].add_(self.vector, alpha=len(labels))
             total[-1] += len(labels)
-        self._sum_all(total.numpy())
-        torch.div(total[:-1], total[-1], out=self.vector)
+        host = total.cpu()
+        self._sum_all(host.numpy())
+        torch.div(total.copy_(host)[:-1], total[-1], out=self.vector)
 
     def evaluate(self) -> float:
         """Accuracy on the test set, each process one half."""
@@ -122,6 +123,7 @@ class BareLoop:
                     while time.perf_counter() < begun + _TRIAL_S / _TRIAL_TURNS:
                         step(x, y)
                         steps += 1
+                    _finish(x.device)
                     spent.setdefault((name, memory_format), []).append((time.perf_counter() - begun) / steps)
         self.vector.copy_(before)
         name, memory_format = min(spent, key=lambda form: float(np.median(spent[form])))
@@ -142,5 +144,12 @@ class BareLoop:
                 begun = time.perf_counter()
                 for x in torch.split(inputs, batch):
                     self._model(x)
+                _finish(inputs.device)
                 spent.append(time.perf_counter() - begun)
         return min(spent)
+
+
+def _finish(device: torch.device) -> None:
+    """A GPU computes behind the program's back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

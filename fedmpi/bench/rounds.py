@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -70,15 +71,18 @@ class _NoSteps:
 class CaseBench:
     """One case, ready to run on all ranks."""
 
-    def __init__(self, net: PackageProcessor, pair: PackageProcessor, case: Case) -> None:
+    def __init__(
+        self, net: PackageProcessor, pair: PackageProcessor, case: Case, device: Literal["auto", "cpu", "cuda"]
+    ) -> None:
         """Collective.
 
         Args:
             net: all ranks.
             pair: among `FLOOR_RANKS`, the two of them.
             case: what to run.
+            device: --device.
         """
-        self._net, self._config = net, case.config
+        self._net, self._config = net, case.config(device)
         machine = find_machine(net, self._config)
         self._dataset = net.on_all(lambda: load_dataset("mnist", None))
         self._partition, _ = share_partition(net, self._config, self._dataset)
@@ -150,7 +154,7 @@ class CaseBench:
     def _bare_loop(self, pair: PackageProcessor, device: torch.device) -> BareLoop:
         data = ClientData(self._dataset, self._partition, device)
         return BareLoop(
-            initial_model(self._config, self._dataset),
+            initial_model(self._config, self._dataset).to(device),
             [data.load(client_id) for client_id in range(self._partition.num_clients)],
             Samples(self._dataset, self._dataset.test, device).take(np.arange(len(self._dataset.test))),
             FLOOR_RANKS.index(self._net.rank),

@@ -128,7 +128,7 @@ class ExactSum:
 
     def buffers(self, num_bins: int) -> list[NDArray[np.int64]]:
         """(P,) int64 sums of bins 0 .. `num_bins` - 1, zeros where nothing was added; on CPU what is written counts."""
-        return [self._settled(bin_idx).cpu().numpy() for bin_idx in range(num_bins)]
+        return [_on_host(self._settled(bin_idx)).numpy() for bin_idx in range(num_bins)]
 
     def mean(self) -> Tensor:
         """(P,) float64: the weighted mean update; zeros when the total weight is 0."""
@@ -162,6 +162,12 @@ class ExactSum:
             self._bins[bin_idx] = torch.zeros_like(self._term, dtype=torch.int64)
             self._terms[bin_idx] = 0
         return self._bins[bin_idx]
+
+
+def _on_host(values: Tensor) -> Tensor:
+    if values.device.type != "cuda":
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)  # which needs no staging
 
 
 def _largest(values: Tensor) -> float:

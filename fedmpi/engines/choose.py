@@ -14,6 +14,7 @@ from fedmpi.core.vector import SerializationTool
 from fedmpi.engines import fused
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
+from fedmpi.engines.graph import GraphEngine
 from fedmpi.engines.single_step import SingleStepEngine
 
 _TOLERANCE = 1e-3
@@ -43,7 +44,7 @@ class Engine(Protocol):
 
 
 def choose_engine(
-    wanted: Literal["auto", "eager", "fused"],
+    wanted: Literal["auto", "eager", "fused", "graph"],
     model: nn.Module,
     input_shape: tuple[int, ...],
     lr: float,
@@ -61,14 +62,19 @@ def choose_engine(
         weight_decay: >= 0.
 
     Raises:
-        ModelError: fused is wanted and does not fit.
+        ModelError: fused or graph is wanted and does not fit.
     """
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if wanted == "graph" and not on_gpu:
+        raise ModelError("--engine graph records steps on a GPU, and this trainer computes on CPU: use fused")
     reason = None if wanted == "eager" else fused.why_not(model) or _trial(model, input_shape)
-    if wanted == "fused" and reason is not None:
-        raise ModelError(f"--engine fused does not fit this model: {reason}; --engine auto falls back to eager")
+    if wanted in ("fused", "graph") and reason is not None:
+        raise ModelError(f"--engine {wanted} does not fit this model: {reason}; --engine auto falls back to eager")
     if wanted == "eager" or reason is not None:
         why = "as asked" if wanted == "eager" else f"not fused, because {reason}"
         return EagerEngine(model, lr, momentum, weight_decay), f"eager ({why})"
+    if on_gpu and wanted != "fused":
+        return GraphEngine(model, lr, momentum, weight_decay), "graph"
     return FusedEngine(model, lr, momentum, weight_decay), "fused"
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,6 @@ _CACHED = 2**18
 _MANY_CHANNELS = 8
 """From so many input channels on, a convolution on CPU is faster in the plain layout, the turning there and back
 included; below, and for pooling, channels last is."""
-
-_BATCH_SIZES = 2
-"""Batch sizes whose buffers are kept: the full one, and what was left over at a client's end."""
 
 
 class _Sgd:
@@ -197,6 +195,13 @@ class _Flatten:
 _Layer = _Linear | _Conv2d | _ReLU | _MaxPool2d | _Flatten
 
 
+class Stack(Protocol):
+    """A model's layers and their steps, for batches of one size."""
+
+    def step(self, x: Tensor, labels: Tensor, minus_one: Tensor) -> Tensor:
+        """One step; returns (n, C) log-probabilities before it. `labels` and `minus_one` are (n, 1)."""
+
+
 class _Stack:
     """The layers, with the buffers for batches of one size."""
 
@@ -209,7 +214,7 @@ class _Stack:
         self._dy = torch.empty(0)
 
     def step(self, x: Tensor, labels: Tensor, minus_one: Tensor) -> Tensor:
-        """One step; returns (n, C) log-probabilities before it. `labels` and `minus_one` are (n, 1)."""
+        """See `Stack`."""
         for layer in self._layers:
             x = layer.forward(x)
         log_p = torch.log_softmax(x, 1)
@@ -226,6 +231,8 @@ class FusedEngine:
 
     runs_model = False
     single_steps: SingleStepEngine | None
+    kept_batch_sizes = 2
+    """Batch sizes whose buffers are kept: the full one, and what was left over at a client's end."""
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over a model for which `why_not` returns None."""
@@ -235,7 +242,7 @@ class FusedEngine:
         self._leaves = leaves[self._flat :]
         self._sgd = lr, momentum, weight_decay
         self._velocity: dict[int, Tensor] = {}
-        self._stack = functools.lru_cache(_BATCH_SIZES)(self._new_stack)
+        self._stack = functools.lru_cache(self.kept_batch_sizes)(self._new_stack)
 
     def reset(self) -> None:
         """Forget the momentum: the next step is a client's first."""
@@ -255,7 +262,7 @@ class FusedEngine:
         means = losses[:full].view(-1, batch_size).mean(1)
         return torch.cat([means, losses[full:].mean(0)]) if full < len(y) else means
 
-    def _new_stack(self, n: int) -> _Stack:
+    def _new_stack(self, n: int) -> Stack:
         return _Stack(self._leaves, _Sgd(*self._sgd, n, self._velocity), n)
 
 

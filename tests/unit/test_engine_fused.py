@@ -19,6 +19,7 @@ from fedmpi.engines import fused
 from fedmpi.engines.choose import choose_engine
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine, why_not
+from fedmpi.engines.graph import GraphEngine
 from fedmpi.models import MODELS, build_model
 
 SGD = (0.1, 0.0, 0.0)
@@ -93,6 +94,49 @@ def test_reset_forgets_the_momentum():
     engine.epoch(*batch, 4)
     assert torch.equal(*ends)
     assert not torch.equal(vector, ends[0])
+
+
+def record_plainly(work):
+    """What `record_cuda` does, without a GPU: warm up, and from then on repeat `work` into the same tensor."""
+    result = work()
+    work()
+    return lambda: result.copy_(work()), result
+
+
+@pytest.mark.parametrize("name", ["2nn", "cnn_fedlab"])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.01)])
+def test_recorded_steps_are_the_fused_ones_bit_by_bit(name, momentum, weight_decay):
+    model = build_model(name, (1, 28, 28), 10)
+    twin = copy.deepcopy(model)
+    vectors = flatten(model), flatten(twin)
+    start = vectors[0].clone()
+    fused_engine = FusedEngine(model, 0.1, momentum, weight_decay)
+    recorded = GraphEngine(twin, 0.1, momentum, weight_decay, record_plainly)
+    for n in (7, 4, 9):  # clients with remainders of their own: some batch sizes are recorded in mid-run
+        inputs, labels = torch.randn(n, 1, 28, 28), torch.randint(10, (n,))
+        losses = []
+        for engine, vector in zip((fused_engine, recorded), vectors, strict=True):
+            vector.copy_(start)
+            engine.reset()
+            losses.append([engine.epoch(inputs, labels, 4) for _ in range(2)])
+        assert torch.equal(*vectors)
+        assert all(torch.equal(*each) for each in zip(*losses, strict=True))
+
+
+def test_graph_wants_a_gpu():
+    with pytest.raises(ModelError, match="--engine graph records steps on a GPU"):
+        choose_engine("graph", build_model("2nn", (1, 28, 28), 10), (1, 28, 28), *SGD)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_takes_the_same_steps():
+    model = build_model("2nn", (1, 28, 28), 10).cuda()
+    twin = copy.deepcopy(model)
+    vectors = flatten(model), flatten(twin)
+    inputs, labels = torch.randn(25, 1, 28, 28).cuda(), torch.randint(10, (25,)).cuda()
+    for engine in (FusedEngine(model, 0.1, 0.9, 0.0), GraphEngine(twin, 0.1, 0.9, 0.0)):
+        engine.epoch(inputs, labels, 10)
+    assert torch.equal(*vectors)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -38,6 +38,7 @@ MPI = {"core.comm"}
 MEETS_MPI = {
     "bench.machine",
     "bench.rounds",
+    "bench.scale",
     "core.client_manager",
     "core.clock",
     "core.manager",
@@ -46,11 +47,11 @@ MEETS_MPI = {
     "launch",
 }
 TORCH = {
-    "bench.floor", "bench.machine", "bench.rounds",
+    "bench.floor", "bench.machine", "bench.rounds", "bench.scale",
     "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler", "core.layout",
-    "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data", "engines.choose",
-    "engines.eager",
-    "engines.fused", "engines.single_step", "fedavg", "job", "models", "models.cnn", "models.mlp", "report.run_folder",
+    "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data",
+    "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.single_step",
+    "fedavg", "job", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip
 
 
@@ -164,6 +165,7 @@ def test_mpi_and_torch_do_not_meet_below_the_managers() -> None:
         "job",
         "bench.machine",
         "bench.rounds",
+        "bench.scale",
     } == MEETS_MPI & TORCH
 
 
