@@ -90,6 +90,10 @@ class RunConfig(DataConfig):
     run_dir: str | None = option(
         None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
     )
+    cuda_aware: bool = option(
+        False, "MPI writes the model straight to a trainer's GPU (only where the MPI library can)", "Machine",
+        result=False,
+    )  # fmt: skip
     timeline: bool = option(
         False, "write timeline.json, who did what when, for Perfetto or chrome://tracing", "Output", result=False
     )

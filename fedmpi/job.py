@@ -258,7 +258,9 @@ def build_manager(
     observers: Sequence[Observer],
 ) -> NetworkManager:
     """The manager of this rank's role; the only other place that looks at it."""
-    local = ClientPassiveManager(net, halves.trainer, evaluator, facts) if halves.trainer else None
+    local = None
+    if halves.trainer is not None:
+        local = ClientPassiveManager(net, halves.trainer, evaluator, facts, cuda_aware=config.cuda_aware)
     if halves.handler is None:
         assert local is not None
         return local

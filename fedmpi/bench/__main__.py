@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedmpi.bench.start import median_difference, seconds_to_round_0
+from fedmpi.bench.start import launched_ranks, median_difference, seconds_to_round_0
 from fedmpi.core.errors import EXIT_DONE, ConfigError
 from fedmpi.core.files import atomic_write
 from fedmpi.core.launcher import speaks
@@ -44,12 +44,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=5, help="timed blocks of each kind (default: 5)")
     parser.add_argument("--starts", type=int, default=3, help="timed starts of each kind; 0: none (default: 3)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu", help="of both (default: cpu)")
+    parser.add_argument(
+        "--largest", type=int, default=10**8, help="longest vector of the case scale, in entries (default: 10^8)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures here too")
 
     def prepare() -> tuple[argparse.Namespace, dict[str, list[float]]]:
         options = _checked(parser.parse_args(argv))
         obtain("mnist", None)
-        return options, seconds_to_round_0(3, options.starts) if options.starts and speaks() else {}
+        return options, seconds_to_round_0(launched_ranks(), options.starts) if options.starts and speaks() else {}
 
     return start(argv, prepare, _run)
 
@@ -68,7 +71,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     for case in options.cases:
         if case not in (*TARGETS, SCALE):
             raise ConfigError(f"CASE must be of {', '.join(TARGETS)}, {SCALE}, got {case}")
-    for name, least in (("pairs", 1), ("starts", 0)):
+    for name, least in (("pairs", 1), ("starts", 0), ("largest", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} must be {least} or more, got {getattr(options, name)}")
     return options
@@ -107,19 +110,19 @@ def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[st
         _say("         engine %s; floor %s", rounds.engine, rounds.floor)
         figures["cases"][name] = {**vars(rounds), "ratios": ratios, "noisy": rounds.noisy}
     if SCALE in options.cases:
-        figures[SCALE] = _scale(net, figures["limits"])
+        figures[SCALE] = _scale(net, figures["limits"], options.largest)
     figures["pss MB"] = machine.pss_mb(net)
     _say("memory:  %.0f MB over all ranks (PSS), by rank %s", sum(figures["pss MB"]), figures["pss MB"])
     return figures
 
 
-def _scale(net: PackageProcessor, limits: dict[str, float]) -> dict[str, Any]:
+def _scale(net: PackageProcessor, limits: dict[str, float], largest: int) -> dict[str, Any]:
     """Collective. The rows of `scale.overheads`, and what its model says of more ranks, on the server."""
     from fedmpi.bench import scale
 
     _say("%10s %12s %10s %10s %10s %10s", "clients", "entries", "round ms", "broadcast", "collect", "step")
     rows = []
-    for row in scale.overheads(net):
+    for row in scale.overheads(net, largest):
         if net.is_server:
             rows.append(row)
             _say("%10d %12d %10.2f %10.2f %10.2f %10.2f", *row.values())

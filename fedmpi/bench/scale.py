@@ -49,14 +49,14 @@ class _Still(ClientTrainer):
         self.loss = 0.0
 
 
-def overheads(net: PackageProcessor) -> Iterator[dict[str, Any]]:
+def overheads(net: PackageProcessor, largest: int) -> Iterator[dict[str, Any]]:
     """Collective. One row for each number of clients, then for each vector length; milliseconds, on the server.
 
-    A vector that would not fit into this node's free memory is left out.
+    A vector of more than `largest` entries, or that would not fit into this node's free memory, is left out.
     """
     for num_clients in CLIENTS:
         yield {"clients": num_clients, "entries": ENTRIES[0], **_round_ms(net, num_clients, ENTRIES[0])}
-    for num_entries in ENTRIES[1:]:
+    for num_entries in (each for each in ENTRIES[1:] if each <= largest):
         if not net.max_of(int(_BYTES_PER_ENTRY * num_entries * net.size > _free_bytes())):
             yield {"clients": CLIENTS[0], "entries": num_entries, **_round_ms(net, CLIENTS[0], num_entries)}
 

@@ -23,6 +23,12 @@ if MPI.COMM_WORLD.Get_rank() == 0:
 _LAUNCHERS = ("PMI", "OMPI", "PMIX", "PRTE", "MPI", "HYDRA", "SLURM")
 
 
+def launched_ranks() -> int:
+    """How many ranks this job has, as far as its launcher says before MPI starts; else 3."""
+    names = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 3)
+
+
 def seconds_to_round_0(num_ranks: int, turns: int) -> dict[str, list[float]]:
     """Both times, `turns` of each, one after the other in turns; empty where no launcher stands beside this Python."""
     launcher = Path(sys.executable).with_name("mpiexec")

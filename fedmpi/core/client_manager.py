@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exactsum import ExactSum
-from fedmpi.core.manager import NetworkManager
+from fedmpi.core.manager import Buffer, NetworkManager
 from fedmpi.core.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import integer_state, load_integer_state
@@ -37,6 +36,8 @@ class ClientPassiveManager(NetworkManager):
         trainer: ClientTrainer,
         evaluator: Evaluator | None = None,
         facts: Mapping[str, object] | None = None,
+        *,
+        cuda_aware: bool = False,
     ) -> None:
         """Over a trainer.
 
@@ -45,13 +46,15 @@ class ClientPassiveManager(NetworkManager):
             trainer: trains one client after the other.
             evaluator: evaluates this rank's share of the test set; None: no evaluation in this job.
             facts: more that must be the same on all ranks.
+            cuda_aware: MPI writes the model straight to the trainer's device.
         """
         super().__init__(net, facts)
         self.trainer = trainer
         self.evaluator = evaluator
         self.trainer_idx = max(0, net.rank - 1)
-        on_gpu = trainer.device.type == "cuda"
-        self._received = torch.empty(trainer.model_parameters.numel(), pin_memory=on_gpu)
+        size, staged = trainer.model_parameters.numel(), trainer.device.type == "cuda" and not cuda_aware
+        self._received = torch.empty(size, device=trainer.device if cuda_aware else "cpu", pin_memory=staged)
+        self._buffer = self._received.view(torch.uint8) if cuda_aware else self._received.numpy()
         self._work = LocalWork()
 
     def setup(self) -> None:
@@ -63,13 +66,14 @@ class ClientPassiveManager(NetworkManager):
         if self.net.max_of(0):
             self.net.open_line()
 
-    def downlink(self) -> NDArray[np.float32]:
+    def downlink(self) -> Buffer:
         """The receive buffer."""
-        return self._received.numpy()
+        return self._buffer
 
-    def local_work(self, order: Order, vector: NDArray[np.float32]) -> LocalWork:
+    def local_work(self, order: Order, vector: Buffer) -> LocalWork:
         """Act on the order, then hand over what it came to."""
-        self.on_receive(SERVER_RANK, order.code, (order, torch.from_numpy(vector).to(self.trainer.device)))
+        received = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else self._received
+        self.on_receive(SERVER_RANK, order.code, (order, received.to(self.trainer.device, non_blocking=True)))
         return self.synchronize()
 
     def on_receive(self, sender_rank: int, message_code: MessageCode, payload: tuple[Order, torch.Tensor]) -> None:

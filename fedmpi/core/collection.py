@@ -124,8 +124,8 @@ class Collection(ABC):
         for buffer in sums:
             self.count_bytes(buffer.nbytes)
 
-    def spread(self, vector: NDArray[Any]) -> None:
-        """Collective. The server's contiguous buffer overwrites the others'."""
+    def spread(self, vector: Any) -> None:
+        """Collective. The server's contiguous buffer overwrites the others'; one may lie on a device, as bytes."""
         parent, children = relatives(self.rank, self.size)
         for piece in pieces_of(vector):
             if parent is not None:
@@ -188,16 +188,16 @@ def relatives(rank: int, size: int) -> tuple[int | None, list[int]]:
     return None, children
 
 
-def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The same memory as bytes; MPI counts bytes alike on every library and for every dtype."""
-    return array.reshape(-1).view(np.uint8)
+def as_bytes(array: Any) -> Any:
+    """The same memory as bytes, which MPI counts alike on every library; what is no NumPy array is bytes already."""
+    return array.reshape(-1).view(np.uint8) if isinstance(array, np.ndarray) else array
 
 
-def pieces_of(array: NDArray[Any], num_bytes: int | None = None) -> Iterator[NDArray[Any]]:
+def pieces_of(array: Any, num_bytes: int | None = None) -> Iterator[Any]:
     """Contiguous parts of at most `num_bytes` (default: `MAX_MESSAGE_BYTES`), whole items each."""
     flat = array.reshape(-1)
     step = max(1, (num_bytes or MAX_MESSAGE_BYTES) // array.itemsize)
-    return (flat[start : start + step] for start in range(0, flat.size, step))
+    return (flat[start : start + step] for start in range(0, len(flat), step))
 
 
 def _column_blocks(num_columns: int, num_rows: int) -> Iterator[slice]:

@@ -34,6 +34,7 @@ mpi4py.rc.finalize = True
 from mpi4py import MPI  # noqa: E402  # the settings above must come first
 
 T = TypeVar("T")
+Buffer = TypeVar("Buffer")
 
 _ABORT_S = 3.0
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
@@ -101,8 +102,11 @@ class PackageProcessor(Agreement, Collection):
                 self.spread(body)
         return Order.unpack(header, body)
 
-    def bcast_vector(self, vector: NDArray[Any]) -> NDArray[Any]:
-        """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype."""
+    def bcast_vector(self, vector: Buffer) -> Buffer:
+        """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype.
+
+        On a rank whose MPI library can write to its device it may be a tensor there, as bytes.
+        """
         with self.timeline.span("broadcast"):
             self.spread(vector)
         return vector

@@ -26,6 +26,10 @@ from fedmpi.core.vector import model_facts
 logger = logging.getLogger(__name__)
 
 
+Buffer = NDArray[np.float32] | torch.Tensor
+"""(P,) float32 on the host, or the same memory of a device as (4 P,) uint8."""
+
+
 class Observer(Protocol):
     """Is told of each finished round, on the server rank."""
 
@@ -82,11 +86,11 @@ class NetworkManager(ABC):
         return None
 
     @abstractmethod
-    def downlink(self) -> NDArray[np.float32]:
+    def downlink(self) -> Buffer:
         """The (P,) buffer to send the model from (server) or to receive it into (trainer)."""
 
     @abstractmethod
-    def local_work(self, order: Order, vector: NDArray[np.float32]) -> LocalWork:
+    def local_work(self, order: Order, vector: Buffer) -> LocalWork:
         """What this rank does for the order, without communication."""
 
     def on_block(self, columns: slice, rows: NDArray[np.float32]) -> None:  # noqa: B027  # only the server gets any

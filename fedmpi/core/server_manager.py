@@ -21,7 +21,7 @@ from fedmpi.core.errors import EXIT_DONE, ConfigError, DivergedError, FedmpiErro
 from fedmpi.core.evaluate import Metrics, metrics_of
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.manager import NetworkManager, Observer
+from fedmpi.core.manager import Buffer, NetworkManager, Observer
 from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
 from fedmpi.core.schedule import CostModel, is_pinned, place, queue
 
@@ -140,7 +140,7 @@ class ServerManager(NetworkManager):
         """The global model itself."""
         return self.handler.model_parameters.numpy()
 
-    def local_work(self, order: Order, vector: NDArray[np.float32]) -> LocalWork:
+    def local_work(self, order: Order, vector: Buffer) -> LocalWork:
         """Room for what will arrive; when alone, the trainer's work."""
         self._clock.sent()
         if self.local is not None:

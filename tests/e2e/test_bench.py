@@ -23,10 +23,21 @@ def test_the_bench_and_its_floor_learn_alike(job, tmp_path):
     assert held["machine"]["cores"] >= 1
 
 
+def test_overheads_against_clients_and_vector_length(job, tmp_path):
+    figures = tmp_path / "figures.json"
+    result = job(3, *f"scale --largest 100000 --starts 0 --json {figures}".split(), program=BENCH)
+    assert result.code == 0, result.text
+    held = json.loads(figures.read_text())["scale"]
+    assert [row["clients"] for row in held["rows"]] == [100, 1000, 10_000, 100_000, 1_000_000, 100]
+    assert held["rows"][-1]["entries"] == 100_000
+    assert all(row["round"] > 0 for row in held["rows"])
+    assert held["model ms"]["1000"]["10000"] > held["model ms"]["11"]["10000"] > 0
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "args", "said"),
     [
-        (3, "k7", "CASE must be of 2nn, cnn, k1000, k10000, got k7"),
+        (3, "k7", "CASE must be of 2nn, cnn, k1000, k10000, scale, got k7"),
         (3, "--pairs 0", "--pairs must be 1 or more, got 0"),
         (3, "--pair 3", "unrecognized arguments"),
         (2, "2nn --starts 0", "mpirun -n 3"),

@@ -25,7 +25,7 @@ def reference(tmp_path_factory):
         (1, ("--collect", "gather"), {}),
         (3, ("--collect", "gather"), {}),
         (3, ("--collect", "reduce"), {}),
-        (5, ("--schedule", "dynamic"), {}),
+        (5, ("--schedule", "static", "--cuda-aware"), {}),
         (3, ("--schedule", "dynamic", "--collect", "gather", "--timeline"), {}),
         (2, (), {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}),
     ],

@@ -63,6 +63,17 @@ def test_bcast_vector_in_pieces(net, agree, monkeypatch, limit, dtype, size):
     agree(np.array_equal(got, want), got)
 
 
+@pytest.mark.parametrize("limit", [3, 8, 2**30])
+def test_bcast_vector_into_a_tensor(net, agree, monkeypatch, limit):
+    """The way to a device, on the CPU: trainers hand over the bytes of a tensor."""
+    import torch
+
+    monkeypatch.setattr(collection, "MAX_MESSAGE_BYTES", limit)
+    got = torch.arange(5.0) if net.is_server else torch.zeros(5)
+    net.bcast_vector(got.numpy() if net.is_server else got.view(torch.uint8))
+    agree(torch.equal(got, torch.arange(5.0)), got)
+
+
 @pytest.mark.parametrize("limit", [1, 15, 16, 17, 2**30])
 def test_reduce_sum_in_pieces_is_exact(net, agree, monkeypatch, limit):
     monkeypatch.setattr(collection, "SUM_BYTES", limit)

@@ -52,9 +52,20 @@ OPTIONS: list[tuple[str, Any, Any, Any]] = [
     ("ethernet", None, "eth0", "ib0"),
     ("run_dir", None, "runs/a", "runs/b"),
 ]
-SWITCHES = ["timeline", "quiet", "verbose"]
+SWITCHES = ["cuda_aware", "timeline", "quiet", "verbose"]
 NAMES = [name for name, *_ in OPTIONS]
-MACHINE = {"data_dir", "partition_file", "collect", "schedule", "ethernet", "run_dir", "timeline", "quiet", "verbose"}
+MACHINE = {
+    "data_dir",
+    "partition_file",
+    "collect",
+    "schedule",
+    "cuda_aware",
+    "ethernet",
+    "run_dir",
+    "timeline",
+    "quiet",
+    "verbose",
+}
 
 
 def flag(name: str) -> str:
@@ -103,6 +114,7 @@ def test_default_then_yaml_then_flag(name: str, default: Any, in_yaml: Any, as_f
 def test_without_arguments_every_option_has_its_default() -> None:
     assert dataclasses.asdict(run_config()) == {
         **{name: default for name, default, *_ in OPTIONS},
+        "cuda_aware": False,
         "timeline": False,
         "quiet": False,
         "verbose": False,
