@@ -96,15 +96,16 @@ def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[st
         )  # fmt: skip
     cases = [case for case in options.cases or TARGETS if case != SCALE]
     if cases:
-        _say("%-8s %10s %10s %22s %7s %18s %6s %9s", "case", "fedmpi s", "floor s", "ratio (min-max)", "target",
-             "accuracy, floor's", "idle", "ms/client")  # fmt: skip
+        _say("%-8s %10s %10s %22s %7s %18s %17s %6s %9s", "case", "fedmpi s", "floor s", "ratio (min-max)", "target",
+             "accuracy, floor's", "eval ms, floor's", "idle", "ms/client")  # fmt: skip
     for name in cases:
         rounds = CaseBench(net, pair, CASES[name], options.device).run(options.pairs)
         ratios = rounds.ratios
         _say(
-            "%-8s %10.3f %10.3f %8.3f (%.3f-%.3f) %7.2f %8.2f %% %6.2f %% %4.0f %% %9.3f%s",
+            "%-8s %10.3f %10.3f %8.3f (%.3f-%.3f) %7.2f %8.2f %% %6.2f %% %9.0f %7.0f %4.0f %% %9.3f%s",
             name, statistics.median(rounds.fedmpi_s), statistics.median(rounds.floor_s), statistics.median(ratios),
             min(ratios), max(ratios), TARGETS[name], 100 * rounds.accuracy[0], 100 * rounds.accuracy[1],
+            1e3 * rounds.evaluate_s[0], 1e3 * rounds.evaluate_s[1],
             100 * rounds.idle_share, rounds.client_ms, "   noisy" if rounds.noisy else "",
         )  # fmt: skip
         _say("         engine %s; floor %s", rounds.engine, rounds.floor)

@@ -31,6 +31,7 @@ class Rounds:
         fedmpi_s: fedmpi's, one for each block.
         floor_s: the floor's, one for each block.
         accuracy: test accuracy after a block: fedmpi's, the floor's.
+        evaluate_s: seconds of an evaluation, medians: fedmpi's, the floor's.
         idle_share: fedmpi's, in [0, 1].
         client_ms: what a client costs beside its steps: read, shuffle, reset, accumulate, report.
         engine: what took fedmpi's steps.
@@ -40,6 +41,7 @@ class Rounds:
     fedmpi_s: list[float]
     floor_s: list[float]
     accuracy: tuple[float, float]
+    evaluate_s: tuple[float, float]
     idle_share: float
     client_ms: float
     engine: str
@@ -95,13 +97,14 @@ class CaseBench:
 
     def run(self, pairs: int) -> Rounds:
         """Collective. `pairs` timed blocks of each in turns, after one of each that is not counted."""
-        fedmpi_s, floor_s, records = [], [], Records()
+        fedmpi_s, floor_s, evaluate_s, records = [], [], [], Records()
         for pair in range(pairs + 1):
             mine, records = self._block()
-            floor, floor_accuracy = self._floor_block()
+            floor, floor_evaluate_s, floor_accuracy = self._floor_block()
             if pair:
                 fedmpi_s.append(mine)
                 floor_s.append(floor)
+                evaluate_s.append((_evaluate_s(records), floor_evaluate_s))
         trainer = self._halves.trainer
         client_ms = 0.0
         if trainer is not None:
@@ -118,6 +121,7 @@ class CaseBench:
             fedmpi_s,
             floor_s,
             ((records[-1].accuracy or 0.0) if records else 0.0, floor_accuracy),
+            (float(np.median([mine for mine, _ in evaluate_s])), float(np.median([floor for _, floor in evaluate_s]))),
             float(np.mean([record.timings["idle_share"] for record in records])) if records else 0.0,
             client_ms,
             notes[-1],
@@ -135,10 +139,10 @@ class CaseBench:
         self._net.over = False  # the job goes on
         return sum(record.timings["round_s"] for record in records) / self._config.rounds, records
 
-    def _floor_block(self) -> tuple[float, float]:
-        """Collective. The floor's rounds with the same cohorts: seconds a round, and the accuracy at the end."""
+    def _floor_block(self) -> tuple[float, float, float]:
+        """Collective. The floor's rounds with the same cohorts: seconds a round and an evaluation, and the accuracy."""
         self._net.barrier()
-        spent_ns, accuracy = 0, 0.0
+        spent_ns, evaluate_ns, accuracy = 0, 0, 0.0
         if self._floor is not None:
             self._floor.vector.copy_(self._initial)
             handler = FEDAVG.handler(torch.nn.Linear(1, 1), self._config)
@@ -146,10 +150,12 @@ class CaseBench:
             begun = time.perf_counter_ns()
             for handler.round_idx in range(self._config.rounds):
                 self._floor.round(handler.sample_clients().tolist())
+                trained = time.perf_counter_ns()
                 accuracy = self._floor.evaluate()
+                evaluate_ns += time.perf_counter_ns() - trained
             spent_ns = time.perf_counter_ns() - begun
-        seconds = self._net.max_of(spent_ns) / 1e9 / self._config.rounds
-        return seconds, self._net.max_of(round(1e6 * accuracy)) / 1e6
+        seconds, evaluate_s = (self._net.max_of(each) / 1e9 / self._config.rounds for each in (spent_ns, evaluate_ns))
+        return seconds, evaluate_s, self._net.max_of(round(1e6 * accuracy)) / 1e6
 
     def _bare_loop(self, pair: PackageProcessor, device: torch.device) -> BareLoop:
         data = ClientData(self._dataset, self._partition, device)
@@ -163,3 +169,8 @@ class CaseBench:
             self._config.client_lr,
             self._config.batch_size,
         )
+
+
+def _evaluate_s(records: Records) -> float:
+    """Seconds of an evaluation; 0 where there are no records."""
+    return float(np.mean([record.timings["evaluate_s"] for record in records])) if records else 0.0

@@ -19,7 +19,7 @@ CHUNK_SIZE = 100
 """Samples a chunk. A product's last bits depend on its shape, so this is the same whatever the number of ranks."""
 
 _LOSS_SCALE = 2.0**24
-_LOSS_LIMIT = 2.0**24  # a summed loss from here on counts as non-finite; so 2^15 chunks cannot overflow
+_LOSS_LIMIT = 2.0**17  # a sample's loss from here on counts as non-finite; so 2^22 samples cannot overflow
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,25 @@ class Evaluator:
         return -(-self.num_samples // CHUNK_SIZE)
 
     def evaluate(self, model: nn.Module, share: int, num_shares: int) -> NDArray[np.int64]:
-        """(4,) int64 over chunks share::num_shares: samples, correct, fixed-point loss, chunks with a non-finite loss.
+        """(4,) int64 over chunks share::num_shares: samples, correct, fixed-point loss, samples with a non-finite loss.
 
         Restores the model's training mode. Draws no random number.
         """
-        sums = np.zeros(4, np.int64)
         training = model.training
         model.eval()
+        correct, losses = [], [torch.empty(0)]
         with torch.no_grad():
             for chunk in range(share, self.num_chunks, num_shares):
-                start, stop = chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, self.num_samples)
-                inputs, labels = self._load(start, stop)
+                inputs, labels = self._load(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, self.num_samples))
                 logits = model(inputs)
-                loss = float(functional.cross_entropy(logits, labels, reduction="none").double().sum())
-                correct = int((logits.argmax(1) == labels).sum())
-                finite = abs(loss) < _LOSS_LIMIT  # false for NaN too
-                sums += (stop - start, correct, round(loss * _LOSS_SCALE) if finite else 0, not finite)
+                correct.append(logits.argmax(1) == labels)
+                losses.append(functional.cross_entropy(logits, labels, reduction="none"))
+            loss = torch.cat([each.cpu() for each in losses]).to(torch.float64)
+            finite = loss.abs() < _LOSS_LIMIT  # false for NaN too
+            fixed = loss[finite].mul(_LOSS_SCALE).round().to(torch.int64)
         model.train(training)
-        return sums
+        num_correct = int(torch.cat(correct).sum()) if correct else 0
+        return np.array([len(loss), num_correct, int(fixed.sum()), int((~finite).sum())], np.int64)
 
 
 def metrics_of(sums: NDArray[np.int64]) -> Metrics:

@@ -49,7 +49,7 @@ def test_metrics_are_those_of_the_whole_set_and_the_remainder_counts(model: nn.M
     assert metrics.loss == pytest.approx(float(functional.cross_entropy(logits.double(), LABELS)), rel=1e-6)
 
 
-@pytest.mark.parametrize(("num_samples", "chunks"), [(1, 1), (99, 1), (100, 1), (101, 2), (1000, 10)])
+@pytest.mark.parametrize(("num_samples", "chunks"), [(1, 1), (99, 1), (100, 1), (101, 2), (300, 3)])
 def test_chunks_cover_every_sample_once(num_samples: int, chunks: int, model: nn.Module) -> None:
     asked = []
 
@@ -83,7 +83,7 @@ class Poisoned(nn.Module):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e30])
 def test_a_loss_that_is_not_finite_is_none_and_the_accuracy_stays(value: float) -> None:
     sums = Evaluator(NUM_SAMPLES, load).evaluate(Poisoned(value), 0, 1)
-    assert sums[3] == 1, "one chunk"
+    assert 0 < sums[3] <= NUM_SAMPLES % CHUNK_SIZE, "samples of the last chunk"
     metrics = metrics_of(sums)
     assert metrics.loss is None
     assert 0 < metrics.accuracy < 1
