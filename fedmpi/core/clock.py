@@ -55,7 +55,9 @@ class RoundClock:
         laps["wire_bytes"] = self._net.bytes_sent - self._bytes
         self._bytes, self._begun, self._laps, self._busy = self._net.bytes_sent, now, {}, {}
         rounded: dict[str, Any] = {name: round(value, 6) for name, value in laps.items()}
-        return {**rounded, "busy_s": [round(value, 6) for value in trainers]}
+        idle = [longest - value for value in trainers]
+        lists = {"busy_s": trainers, "idle_s": idle}
+        return {**rounded, **{name: [round(value, 6) for value in each] for name, each in lists.items()}}
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()

@@ -169,8 +169,8 @@ class RoundRecord:
         loss: test loss after the round; None likewise, or when not finite.
         bytes_down: what a real federation would send to the cohort: K x P x 4.
         bytes_up: what it would send back.
-        timings: seconds by part, each trainer's busy seconds, the share of the trainers' time spent idle, and bytes
-            through the server's MPI calls.
+        timings: seconds by part, each trainer's busy and idle seconds while clients train, the share of the trainers'
+            time spent idle, and bytes through the server's MPI calls.
     """
 
     round_idx: int
