@@ -52,21 +52,21 @@ class FedAvgTrainer(ClientTrainer):
         self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd)
         self.memory_format = memory_format_of(self.model)
         self._shuffles = torch.Generator()
+        cls = type(self)
+        self._is_plain = (cls.begin_client, cls.train) == (FedAvgTrainer.begin_client, FedAvgTrainer.train)
 
     def begin_client(self, round_idx: int, client_id: int) -> None:
-        """Without the global generators where nothing can draw from them."""
-        if self.engine.runs_model:
+        """Without the global generators where nobody draws from them: no user's model, no class derived from this."""
+        if self.engine.runs_model or not self._is_plain:
             super().begin_client(round_idx, client_id)
         else:
             self.round_idx, self.client_id, self.loss = round_idx, client_id, math.nan
 
     def takes_one_step(self, client_id: int) -> bool:
-        """One epoch of one batch, an engine for it, and no other `train` in a class derived from this one."""
-        if type(self).train is not FedAvgTrainer.train:
-            return False
+        """One epoch of one batch, an engine for it, and no class derived from this one that does more for a client."""
         n = len(self.data.partition[client_id])
-        one_batch = 0 < n <= (self.config.batch_size or n)
-        return one_batch and self.config.local_epochs == 1 and self.engine.single_steps is not None
+        one_step = 0 < n <= (self.config.batch_size or n) and self.config.local_epochs == 1
+        return one_step and self._is_plain and self.engine.single_steps is not None
 
     def single_steps(self, client_ids: Sequence[int], model_parameters: Tensor) -> SingleSteps:
         """The step of `train`; a single batch needs no shuffling."""

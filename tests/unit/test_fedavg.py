@@ -46,6 +46,10 @@ def dense() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 4))
 
 
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
 def trainer(model: nn.Module | None = None, seed: int = 0, **options: Any) -> FedAvgTrainer:
     made = FedAvgTrainer(model or dense(), ClientData(tiny(), partition(), CPU), RunConfig(**options), CPU)
     made.seed = seed
@@ -182,6 +186,28 @@ def test_a_client_without_samples_stays_where_it_was() -> None:
     start = torch.linspace(-1, 1, len(client.model_parameters))
     assert torch.equal(visit(client, 0, start), start)
     assert math.isnan(client.loss)
+
+
+def test_a_derived_trainer_that_draws_has_generators_of_the_client() -> None:
+    """Whatever engine takes the steps, and though a single step needs no model: its own `train` is what runs."""
+
+    class Noisy(FedAvgTrainer):
+        def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+            super().train(model_parameters, epochs)
+            self.model_parameters.add_(torch.randn(len(self.model_parameters)))
+
+    config = RunConfig(batch_size=0)
+    ends = []
+    for order in ((0, 1), (1, 0)):
+        made = Noisy(plain(), ClientData(tiny(), partition(), CPU), config, CPU)
+        assert made.engine_note == "fused"
+        assert not made.takes_one_step(0)
+        start = torch.zeros(len(made.model_parameters))
+        held = {client_id: visit(made, client_id, start) for client_id in order}
+        ends.append([held[0], held[1]])
+    assert all(torch.equal(*each) for each in zip(*ends, strict=True))
+    assert trainer(plain(), batch_size=0).takes_one_step(0)
+    assert not trainer(dense(), batch_size=0).takes_one_step(0)
 
 
 def test_batch_norm_of_a_cohort_is_the_closed_form() -> None:
