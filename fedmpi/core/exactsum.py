@@ -54,13 +54,9 @@ class ExactSum:
             weight_total: sum of the weights that will ever be added, over all ranks.
             weight_max: largest of them.
         """
-        self._reference = reference.to(torch.float64)
-        self._term = torch.empty_like(self._reference)
-        self._scratch = np.empty(_BLOCK)
-        self._scratch_bits = self._scratch.view(np.int64)
+        self._start = reference
         self._weight_total = weight_total
         self._exponent = scale_exponent(weight_total, weight_max)
-        self._largest = float(torch.linalg.vector_norm(self._reference, math.inf)) if len(reference) else 0.0
         self._bins: dict[int, Tensor] = {}
         self._terms: dict[int, int] = {}  # how many times a bin still holds _MAGIC_BITS too much
 
@@ -123,8 +119,8 @@ class ExactSum:
 
     @property
     def num_bins(self) -> int:
-        """One more than the coarsest bin in use; at least 1."""
-        return max(self._bins, default=0) + 1
+        """One more than the coarsest bin in use; 0 before the first client."""
+        return max(self._bins, default=-1) + 1
 
     def buffers(self, num_bins: int) -> list[NDArray[np.int64]]:
         """(P,) int64 sums of bins 0 .. `num_bins` - 1, zeros where nothing was added; on CPU what is written counts."""
@@ -132,10 +128,32 @@ class ExactSum:
 
     def mean(self) -> Tensor:
         """(P,) float64: the weighted mean update; zeros when the total weight is 0."""
-        total = torch.zeros_like(self._term)
+        total = torch.zeros(self._start.shape, dtype=torch.float64, device=self._start.device)
         for bin_idx in sorted(self._bins):
             total.add_(self._settled(bin_idx).to(torch.float64).mul_(2.0 ** (_BIN_BITS * bin_idx - self._exponent)))
         return total.div_(max(self._weight_total, 1))
+
+    # What the first client of a round needs; a rank without clients spends nothing on it.
+
+    @functools.cached_property
+    def _reference(self) -> Tensor:
+        return self._start.to(torch.float64)
+
+    @functools.cached_property
+    def _term(self) -> Tensor:
+        return torch.empty_like(self._reference)
+
+    @functools.cached_property
+    def _largest(self) -> float:
+        return _largest(self._start)
+
+    @functools.cached_property
+    def _scratch(self) -> NDArray[np.float64]:
+        return np.empty(_BLOCK)
+
+    @functools.cached_property
+    def _scratch_bits(self) -> NDArray[np.int64]:
+        return self._scratch.view(np.int64)
 
     @functools.cached_property
     def _reference_array(self) -> NDArray[np.float64]:
@@ -159,7 +177,7 @@ class ExactSum:
 
     def _open(self, bin_idx: int) -> Tensor:
         if bin_idx not in self._bins:
-            self._bins[bin_idx] = torch.zeros_like(self._term, dtype=torch.int64)
+            self._bins[bin_idx] = torch.zeros(self._start.shape, dtype=torch.int64, device=self._start.device)
             self._terms[bin_idx] = 0
         return self._bins[bin_idx]
 
