@@ -8,6 +8,7 @@ Shapes: P vector entries, K clients in the cohort.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,12 +89,14 @@ class Collection(ABC):
         with self.timeline.span("idle"):  # until the slowest rank is here
             width = self.max_of(len(rows[0]) if rows else 0)
         with self.timeline.span("collect"):
+            room = np.empty(0, np.float32)  # one for all blocks: malloc would keep more than it gives back
             for columns in _column_blocks(width, num_rows):
                 mine = [row[columns] for row in rows]
                 empty = np.empty((0, columns.stop - columns.start), np.float32)
-                block = self.gather_rows(np.stack(mine) if mine else empty)
+                block = self.gather_rows(np.stack(mine) if mine else empty, room)
                 if self.rank == SERVER_RANK:
                     receiver.on_block(columns, block)
+                    room = room if room.size else block.reshape(-1)
 
     def reduce_sum(self, sums: NDArray[np.int64]) -> None:
         """Collective. The server's int64 buffer becomes the sum over all ranks' buffers; the others' are used up."""
@@ -144,9 +147,14 @@ class Collection(ABC):
         arrived, counts = self._gather(records)
         return np.split(arrived, np.cumsum(counts)[:-1]) if counts else []
 
-    def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B)."""
-        arrived, _ = self._gather(rows)
+    def gather_rows(self, rows: NDArray[np.float32], room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B).
+
+        Args:
+            rows: this rank's.
+            room: on the server, a flat buffer to put them in, if it is large enough.
+        """
+        arrived, _ = self._gather(rows, room)
         self.count_bytes(rows.nbytes + arrived.nbytes)
         return arrived
 
@@ -154,7 +162,7 @@ class Collection(ABC):
         """Collective. Each rank passes integers; the server gets them all, rank after rank, the others none."""
         return self._gather(values)[0]
 
-    def _gather(self, mine: NDArray[Any]) -> tuple[NDArray[Any], list[int]]:
+    def _gather(self, mine: NDArray[Any], room: NDArray[Any] | None = None) -> tuple[NDArray[Any], list[int]]:
         """Collective. All ranks' items, rank after rank, and how many each had, on the server; nothing elsewhere."""
         if self.rank != SERVER_RANK:
             self.send(np.array([len(mine)], np.int64), SERVER_RANK)
@@ -166,7 +174,9 @@ class Collection(ABC):
             with self.timeline.span("idle"):
                 self.receive(count, rank)
             counts.append(int(count[0]))
-        arrived = np.empty((sum(counts), *mine.shape[1:]), mine.dtype)
+        shape = (sum(counts), *mine.shape[1:])
+        fits = room is not None and room.size >= math.prod(shape)
+        arrived = room[: math.prod(shape)].reshape(shape) if room is not None and fits else np.empty(shape, mine.dtype)
         arrived[: len(mine)] = mine
         with self.timeline.span("collect"):
             for rank, stop in list(enumerate(np.cumsum(counts)))[1:]:

@@ -163,7 +163,7 @@ class ServerManager(NetworkManager):
     def on_block(self, columns: slice, rows: NDArray[np.float32]) -> None:
         """Bring the block into cohort order and have it aggregated, or kept if the handler wants whole vectors."""
         arrived = np.array([update.client_id for update in self._updates])
-        handler, block = self.handler, torch.from_numpy(rows)[np.argsort(arrived)]
+        handler, block, order = self.handler, torch.from_numpy(rows), np.argsort(arrived)
         reference = handler.model_parameters[columns]
         if columns.start == 0:
             dtype = torch.float64 if self._needs == "sum" else torch.float32
@@ -172,14 +172,15 @@ class ServerManager(NetworkManager):
             )
             self._result = torch.empty(shape, dtype=dtype)
         if self._needs == "rows":
-            self._result[:, columns] = block
+            self._result[:, columns] = block[order]
         elif self._needs == "blocks":
-            self._result[columns] = handler.aggregate(block, reference)
+            self._result[columns] = handler.aggregate(block[order], reference)
         else:
             bins = {update.client_id: update.bin_idx for update in self._updates}
             exact = ExactSum(reference, int(handler.weights.sum()), int(handler.weights.max()))
-            for client_id, row, weight in zip(handler.cohort.tolist(), block, handler.weights.tolist(), strict=True):
-                exact.add(row, weight, bins[client_id])
+            who = zip(handler.cohort.tolist(), order.tolist(), handler.weights.tolist(), strict=True)
+            for client_id, row_idx, weight in who:
+                exact.add(block[row_idx], weight, bins[client_id])
             self._result[columns] = exact.mean()
 
     def finish_round(self, order: Order, work: LocalWork) -> None:
