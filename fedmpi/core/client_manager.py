@@ -93,11 +93,14 @@ class ClientPassiveManager(NetworkManager):
         exact = ExactSum(vector, order.weight_total, order.weight_max)
         work = LocalWork(exact=None if order.rows else exact)
         for client_ids in self._clients_of(order):
-            one_step = [client_id for client_id in client_ids if self.trainer.takes_one_step(client_id)]
-            for start in range(0, len(one_step), _TOGETHER):
-                self._train_together(order, vector, one_step[start : start + _TOGETHER], exact, work)
-            for client_id in (client_id for client_id in client_ids if client_id not in one_step):
-                self._train_alone(order, vector, client_id, exact, work)
+            together: list[int] = []
+            for client_id in client_ids:
+                if self.trainer.takes_one_step(client_id):
+                    together.append(client_id)
+                else:
+                    self._train_alone(order, vector, client_id, exact, work)
+            for start in range(0, len(together), _TOGETHER):
+                self._train_together(order, vector, together[start : start + _TOGETHER], exact, work)
         self.net.activity = f"round {order.round_idx}"
         return work
 
