@@ -8,7 +8,9 @@ it waits inside a collective that the failed rank never entered, ends the run af
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,10 @@ if UNDER_MPI:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    # A root of its own for tmp_path: pytest tidies the common one up, and two processes that do so at once trip over
+    # each other.
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = root = tempfile.mkdtemp(prefix="fedmpi-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(root, ignore_errors=True))
     if UNDER_MPI:
         config.option.with_mpi = True
         reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
