@@ -90,6 +90,22 @@ class RunConfig(DataConfig):
     run_dir: str | None = option(
         None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
     )
+    checkpoint_every: int | None = option(
+        None, "write a checkpoint after every Nth round, and at the end (default: about once a minute)", "Survival",
+        "[1, inf)", result=False,
+    )  # fmt: skip
+    resume: Literal["auto", "never", "must"] = option(
+        "auto", "auto: go on with the run that --run-dir holds, if any; never: start over; must: go on or refuse",
+        "Survival", result=False,
+    )  # fmt: skip
+    max_seconds: float | None = option(
+        None, "stop with code 75 before a round that would end later than this after the start (under Slurm also"
+        " before the job's time limit)", "Survival", "(0, inf)", result=False,
+    )  # fmt: skip
+    stall_timeout: float = option(
+        600.0, "seconds a rank may do nothing before the job ends with code 1; at least three times the longest step"
+        " seen; 0: never", "Survival", "[0, inf)", result=False,
+    )  # fmt: skip
     cuda_aware: bool = option(
         False, "MPI writes the model straight to a trainer's GPU (only where the MPI library can)", "Machine",
         result=False,
@@ -122,6 +138,8 @@ class RunConfig(DataConfig):
             raise ConfigError(
                 f"--cohort-size must be in [1, {self.num_clients}] (--num-clients), got {self.cohort_size}"
             )
+        if self.resume == "must" and self.run_dir is None:
+            raise ConfigError("--resume must goes on with the run in --run-dir: name it")
         if self.quiet and self.verbose:
             raise ConfigError("--quiet and --verbose exclude each other: give one")
         if self.partition_file is not None:

@@ -18,6 +18,7 @@ import torch
 
 from fedmpi import __version__
 from fedmpi.config import RunConfig
+from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.comm import PackageProcessor, library_version
 from fedmpi.core.cores import (
@@ -36,6 +37,7 @@ from fedmpi.core.device import (
     trainers_sharing,
     visible_gpus,
 )
+from fedmpi.core.ending import say
 from fedmpi.core.errors import EXIT_DONE
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.handler import SyncParameterServerHandler
@@ -43,6 +45,7 @@ from fedmpi.core.layout import memory_format_of
 from fedmpi.core.manager import NetworkManager, Observer
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.server_manager import ServerManager
+from fedmpi.core.stopping import Deadline, StopSignals
 from fedmpi.core.timeline import chrome_trace
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import vector_hash
@@ -108,13 +111,21 @@ class Halves:
         return memory_format_of(half.model)
 
 
-def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
+def run_job(
+    net: PackageProcessor,
+    algorithm: str,
+    config: RunConfig,
+    signals: StopSignals | None = None,
+    deadline: Deadline | None = None,
+) -> int:
     """Collective. Train as `config` says.
 
     Args:
         net: this rank's end of the communicator.
         algorithm: "module:NAME" of an `Algorithm`.
         config: its options, the same on every rank.
+        signals: of this process, which end the job early.
+        deadline: the end of the job's time, as rank 0 knows it.
 
     Returns:
         The exit code, the same on every rank.
@@ -131,8 +142,7 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
     data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
     folder = net.on_root(lambda: RunFolder(config, data), share=False)
     try:
-        if net.on_root(lambda: folder is not None and folder.finished):
-            logger.info("this very run is finished already: nothing to do")
+        if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
             return EXIT_DONE
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         provenance = {
@@ -156,9 +166,11 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
             lambda: test_evaluator(dataset, machine.device, halves.memory_format, config.eval_samples)
         )
         progress = Progress(config.rounds)
-        manager = net.on_all(
-            lambda: build_manager(net, config, halves, evaluator, facts, [each for each in (folder, progress) if each])
-        )
+        observers = [each for each in (folder, progress) if each]
+        boundary = Boundary(folder, config.checkpoint_every, signals, deadline)
+        manager = net.on_all(lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals))
+        if isinstance(manager, ServerManager) and folder is not None and folder.stored is not None:
+            manager.load_state_dict(folder.stored["server"])
         if machine.warning:
             logger.warning("%s", machine.warning)
         if halves.handler is not None and folder is not None:
@@ -168,6 +180,8 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
         if config.timeline:
             net.barrier()
             net.timeline.begin()
+        if signals is not None:
+            signals.catch_interrupt(say if net.is_server else None)
         code = manager.run()
         if config.timeline:
             spans = net.gather_timeline()
@@ -179,6 +193,21 @@ def run_job(net: PackageProcessor, algorithm: str, config: RunConfig) -> int:
     finally:
         if folder is not None:
             folder.close()
+
+
+def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None, rounds: int) -> bool:
+    """On the server: whether the run in the folder has all the rounds that are asked for; says so."""
+    if folder.stored is None or handler is None:
+        return False
+    handler.load_state_dict(folder.stored["server"]["handler"])
+    done = handler.round_idx
+    if done > rounds:
+        logger.info("%s has %d rounds, --rounds asks for %d: nothing to do", folder.path, done, rounds)
+    elif handler.stop_condition() and folder.finished:
+        logger.info("this very run is finished already, after round %d: nothing to do", done)
+    else:
+        return False
+    return True
 
 
 def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
@@ -256,11 +285,15 @@ def build_manager(
     evaluator: Evaluator,
     facts: Mapping[str, object],
     observers: Sequence[Observer],
+    boundary: Boundary | None = None,
+    signals: StopSignals | None = None,
 ) -> NetworkManager:
     """The manager of this rank's role; the only other place that looks at it."""
     local = None
     if halves.trainer is not None:
-        local = ClientPassiveManager(net, halves.trainer, evaluator, facts, cuda_aware=config.cuda_aware)
+        local = ClientPassiveManager(
+            net, halves.trainer, evaluator, facts, cuda_aware=config.cuda_aware, signals=signals
+        )
     if halves.handler is None:
         assert local is not None
         return local
@@ -273,4 +306,5 @@ def build_manager(
         schedule=config.schedule,
         observers=observers,
         facts=facts,
+        boundary=boundary,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +17,7 @@ from fedmpi.config import RunConfig
 from fedmpi.core.ending import abort_on_crash, say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
 from fedmpi.core.launcher import missing_mpi_advice, speaks
+from fedmpi.core.stopping import Deadline, StopSignals, find_deadline, process_age_s
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
 from fedmpi.logs import set_up_logging
@@ -40,19 +42,23 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
     """
     words = sys.argv[1:] if argv is None else argv
     module = algorithm.partition(":")[0]
+    started = time.monotonic() - process_age_s()
+    signals = StopSignals()
+    signals.catch()
 
-    def prepare() -> RunConfig:
+    def prepare() -> tuple[RunConfig, Deadline | None]:
         config = parse(
             config_class, words, f"python -m {module}", f"{module}: one federated training run as one MPI job"
         )
         _before_mpi(config)
-        return config
+        return config, find_deadline(config.max_seconds, started, os.environ) if speaks() else None
 
-    def job(net: PackageProcessor, config: RunConfig) -> int:
+    def job(net: PackageProcessor, prepared: tuple[RunConfig, Deadline | None]) -> int:
         from fedmpi.job import run_job
 
+        config, deadline = prepared
         set_up_logging(net.rank, config)
-        return run_job(net, algorithm, config)
+        return run_job(net, algorithm, config, signals, deadline)
 
     return start(words, prepare, job)
 

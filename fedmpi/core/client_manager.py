@@ -5,6 +5,7 @@ Shapes: P vector entries.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +18,7 @@ from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.manager import Buffer, NetworkManager
 from fedmpi.core.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
+from fedmpi.core.stopping import StopSignals
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import integer_state, load_integer_state
 
@@ -38,6 +40,7 @@ class ClientPassiveManager(NetworkManager):
         facts: Mapping[str, object] | None = None,
         *,
         cuda_aware: bool = False,
+        signals: StopSignals | None = None,
     ) -> None:
         """Over a trainer.
 
@@ -47,10 +50,12 @@ class ClientPassiveManager(NetworkManager):
             evaluator: evaluates this rank's share of the test set; None: no evaluation in this job.
             facts: more that must be the same on all ranks.
             cuda_aware: MPI writes the model straight to the trainer's device.
+            signals: of this process, to be told to the server.
         """
         super().__init__(net, facts)
         self.trainer = trainer
         self.evaluator = evaluator
+        self.signals = signals
         self.trainer_idx = max(0, net.rank - 1)
         size, staged = trainer.model_parameters.numel(), trainer.device.type == "cuda" and not cuda_aware
         self._received = torch.empty(size, device=trainer.device if cuda_aware else "cpu", pin_memory=staged)
@@ -87,7 +92,7 @@ class ClientPassiveManager(NetworkManager):
     def synchronize(self) -> LocalWork:
         """What this rank contributes to the collection, given up once."""
         work, self._work = self._work, LocalWork()
-        return work
+        return dataclasses.replace(work, stop=self.signals.received) if self.signals else work
 
     def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
         exact = ExactSum(vector, order.weight_total, order.weight_max)

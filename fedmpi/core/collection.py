@@ -74,16 +74,26 @@ class Collection(ABC):
         becomes the sum over ranks, or, with `order.rows`, the receiver gets one block of columns after the other.
         """
         if order.code is MessageCode.EVALUATE_PARAMS:
-            self.reduce_sum(work.metrics)
+            rows, _, signals = self._gather(work.metrics[None], note=work.stop)
+            if self.rank == SERVER_RANK:
+                work.metrics[:] = rows.sum(0)
+            self._tell_signals(signals, receiver)
             return
         num_integers = len(order.integer_state)
         code = MessageCode.PARAMETER_UPDATE if order.rows else MessageCode.GRADIENT_UPDATE
-        for rank, records in enumerate(self.gather_updates(pack_updates(work.updates, num_integers))):
+        arrived, counts, signals = self._gather(pack_updates(work.updates, num_integers), note=work.stop)
+        for rank, records in enumerate(np.split(arrived, np.cumsum(counts)[:-1]) if counts else []):
             receiver.on_receive(rank, code, unpack_updates(records))
+        self._tell_signals(signals, receiver)
         if order.rows:
             self._collect_rows(len(order.cohort), work.rows, receiver)
         elif work.exact:
             self._sum_up(work.exact.buffers(work.exact.num_bins), work.exact.buffers)
+
+    def _tell_signals(self, signals: list[int], receiver: Receiver) -> None:
+        for rank, signal in enumerate(signals):
+            if signal:
+                receiver.on_receive(rank, MessageCode.EXIT, signal)
 
     def _collect_rows(self, num_rows: int, rows: list[NDArray[np.float32]], receiver: Receiver) -> None:
         with self.timeline.span("idle"):  # until the slowest rank is here
@@ -142,11 +152,6 @@ class Collection(ABC):
             self.receive(arrived[: piece.size], source)
             piece += arrived[: piece.size]
 
-    def gather_updates(self, records: NDArray[np.void]) -> list[NDArray[np.void]]:
-        """Collective. Each rank passes its client records; the server gets them by rank, the others an empty list."""
-        arrived, counts = self._gather(records)
-        return np.split(arrived, np.cumsum(counts)[:-1]) if counts else []
-
     def gather_rows(self, rows: NDArray[np.float32], room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B).
 
@@ -154,7 +159,7 @@ class Collection(ABC):
             rows: this rank's.
             room: on the server, a flat buffer to put them in, if it is large enough.
         """
-        arrived, _ = self._gather(rows, room)
+        arrived, _, _ = self._gather(rows, room)
         self.count_bytes(rows.nbytes + arrived.nbytes)
         return arrived
 
@@ -162,18 +167,25 @@ class Collection(ABC):
         """Collective. Each rank passes integers; the server gets them all, rank after rank, the others none."""
         return self._gather(values)[0]
 
-    def _gather(self, mine: NDArray[Any], room: NDArray[Any] | None = None) -> tuple[NDArray[Any], list[int]]:
-        """Collective. All ranks' items, rank after rank, and how many each had, on the server; nothing elsewhere."""
+    def _gather(
+        self, mine: NDArray[Any], room: NDArray[Any] | None = None, note: int = 0
+    ) -> tuple[NDArray[Any], list[int], list[int]]:
+        """Collective. On the server all ranks' items, rank after rank, how many each had, and the ranks' notes.
+
+        Nothing elsewhere.
+        """
+        first = np.array([len(mine), note], np.int64)
         if self.rank != SERVER_RANK:
-            self.send(np.array([len(mine)], np.int64), SERVER_RANK)
+            self.send(first, SERVER_RANK)
             for piece in pieces_of(as_bytes(mine)):
                 self.send(piece, SERVER_RANK)
-            return mine[:0], []
-        counts, count = [len(mine)], np.empty(1, np.int64)
+            return mine[:0], [], []
+        counts, notes = [len(mine)], [note]
         for rank in range(1, self.size):
             with self.timeline.span("idle"):
-                self.receive(count, rank)
-            counts.append(int(count[0]))
+                self.receive(first, rank)
+            counts.append(int(first[0]))
+            notes.append(int(first[1]))
         shape = (sum(counts), *mine.shape[1:])
         fits = room is not None and room.size >= math.prod(shape)
         arrived = room[: math.prod(shape)].reshape(shape) if room is not None and fits else np.empty(shape, mine.dtype)
@@ -182,7 +194,7 @@ class Collection(ABC):
             for rank, stop in list(enumerate(np.cumsum(counts)))[1:]:
                 for piece in pieces_of(as_bytes(arrived[stop - counts[rank] : stop])):
                     self.receive(piece, rank)
-        return arrived, counts
+        return arrived, counts, notes
 
 
 def relatives(rank: int, size: int) -> tuple[int | None, list[int]]:

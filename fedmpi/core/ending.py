@@ -69,8 +69,13 @@ def _guarded_exit(net: PackageProcessor) -> Iterator[None]:
 
 def say_error(message: str) -> None:
     """One line on standard error, in one write, whatever the terminal can encode."""
+    say(f"error: {message}")
+
+
+def say(message: str) -> None:
+    """The same for what is no error; also from within a signal handler."""
     with contextlib.suppress(OSError):  # nobody reads any more
-        os.write(2, f"fedmpi: error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
+        os.write(2, f"fedmpi: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
 
 
 def _last_words(net: PackageProcessor, message: str) -> None:

@@ -12,6 +12,7 @@ EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_MISTAKE = 2
 EXIT_DIVERGED = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early on purpose, run again to go on
 EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
@@ -44,6 +45,10 @@ class ModelError(FedmpiError):
 
 class DisagreementError(FedmpiError):
     """Ranks that must hold the same value hold different ones."""
+
+
+class CheckpointError(FedmpiError):
+    """A checkpoint is damaged, or belongs to another run."""
 
 
 class FilesystemError(FedmpiError):

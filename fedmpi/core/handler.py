@@ -5,16 +5,18 @@ Shapes: P vector entries, K cohort, N clients.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ConfigError
+from fedmpi.core.errors import CheckpointError, ConfigError
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.seeding import Stream, derive_seed
@@ -162,6 +164,34 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         if cls.aggregate is not SyncParameterServerHandler.aggregate:
             return "blocks"
         return "sum"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the server half. A handler with more state adds it to this dict.
+
+        Plain values, tensors and arrays, in dicts with text keys and in lists; nothing is copied here.
+        """
+        return {
+            "round_idx": self.round_idx,
+            "vector": self._vector,
+            "integers": self.integer_state(),
+            "metrics": dataclasses.astuple(self.metrics) if self.metrics else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; tensors come back as arrays.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        vector = torch.from_numpy(state["vector"])
+        if vector.shape != self._vector.shape or len(state["integers"]) != len(self.integer_state()):
+            raise CheckpointError(
+                f"the checkpoint holds {len(vector):,} vector entries, this model has {len(self._vector):,}"
+            )
+        self.round_idx = int(state["round_idx"])
+        self._vector.copy_(vector)
+        load_integer_state(self.model, state["integers"])
+        self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
 
     def integer_state(self) -> NDArray[np.int64]:
         """(B,) the global model's integer buffers."""

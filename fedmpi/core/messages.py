@@ -32,7 +32,7 @@ class MessageCode(IntEnum):
     GRADIENT_UPDATE = 1  # the cohort's exact sum of updates
     PARAMETER_UPDATE = 2  # a model: down as the order to train, up as clients' vectors
     EVALUATE_PARAMS = 3  # evaluate the model that comes with it
-    EXIT = 4
+    EXIT = 4  # down: the job ends; up: a signal has asked this rank to stop
     SET_UP = 5
 
 
@@ -138,19 +138,21 @@ class LocalWork:
         exact: the sum of their updates, or the server's empty one to sum into; None: no sum travels.
         rows: (P,) float32 vectors, in the order of `updates`; empty: no rows travel.
         metrics: (4,) int64, see `evaluate`.
+        stop: the signal that has asked this rank to stop; 0: none.
     """
 
     updates: list[ClientUpdate] = field(default_factory=list)
     exact: PartialSum | None = None
     rows: list[NDArray[np.float32]] = field(default_factory=list)
     metrics: NDArray[np.int64] = field(default_factory=lambda: np.zeros(4, np.int64))
+    stop: int = 0
 
 
 class Receiver(Protocol):
     """What the server's end of a collection is handed, as it comes in."""
 
-    def on_receive(self, sender_rank: int, message_code: MessageCode, payload: list[ClientUpdate]) -> None:
-        """The records of one rank."""
+    def on_receive(self, sender_rank: int, message_code: MessageCode, payload: Any) -> None:
+        """The records of one rank; with EXIT: the signal that has asked it to stop."""
 
     def on_block(self, columns: slice, rows: NDArray[np.float32]) -> None:
         """A block of columns of all rows, in rank order."""

@@ -14,21 +14,25 @@ _MEMORY = 0.8  # of what was seen up to the last round, this much counts in the 
 
 
 class CostModel:
-    """What training a client costs: base + samples x rate, fitted to the seconds that clients have taken."""
+    """What training a client costs: base + samples x rate, fitted to the seconds that clients have taken.
+
+    Attributes:
+        moments: (5,) all that was learnt: sums of 1, n, n^2, seconds, n x seconds.
+    """
 
     def __init__(self) -> None:
         """Before the first client the base counts as so many samples."""
-        self._moments = np.zeros(5)  # sums of 1, n, n^2, seconds, n x seconds
+        self.moments = np.zeros(5)
 
     def observe(self, num_samples: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
         """Learn from the clients of one round: (K,) sample counts and (K,) wall times."""
         n = num_samples.astype(np.float64)
         new = np.array([len(n), n.sum(), n @ n, seconds.sum(), n @ seconds])
-        self._moments = _MEMORY * self._moments + new
+        self.moments = _MEMORY * self.moments + new
 
     def costs(self, num_samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """(K,) expected costs, in seconds or, before anything was observed, in samples."""
-        count, total, squares, seconds, products = self._moments
+        count, total, squares, seconds, products = self.moments
         spread = count * squares - total * total
         if spread > 1e-9 * squares:
             rate = (count * products - total * seconds) / spread

@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.clock import RoundClock
 from fedmpi.core.comm import PackageProcessor
-from fedmpi.core.errors import EXIT_DONE, ConfigError, DivergedError, FedmpiError
+from fedmpi.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, FedmpiError
 from fedmpi.core.evaluate import Metrics, metrics_of
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.handler import SyncParameterServerHandler
@@ -42,6 +43,7 @@ class ServerManager(NetworkManager):
         schedule: Literal["auto", "static", "dynamic"] = "auto",
         observers: Sequence[Observer] = (),
         facts: Mapping[str, object] | None = None,
+        boundary: Boundary | None = None,
     ) -> None:
         """Over a handler.
 
@@ -55,6 +57,7 @@ class ServerManager(NetworkManager):
                 within one node.
             observers: told of each round.
             facts: more that must be the same on all ranks.
+            boundary: what is kept, and what stops the job, between two rounds; None: nothing.
 
         Raises:
             ConfigError: the handler needs rows but `collect` is "reduce", or a lone server has no trainer.
@@ -64,6 +67,8 @@ class ServerManager(NetworkManager):
         self.local = local
         self.eval_every = eval_every
         self.observers = observers
+        self.boundary = boundary or Boundary()
+        self._resumed = False
         self._needs = handler.needs()
         if self._needs != "sum" and collect == "reduce":
             raise ConfigError(
@@ -92,7 +97,21 @@ class ServerManager(NetworkManager):
         self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
         if self.net.max_of(int(self._draws)):
             self.net.open_line()
+        self.boundary.begin(self.handler.round_idx, self.state_dict, self._resumed)
         self._clock = RoundClock(self.net)  # the first round starts now
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, between two rounds."""
+        pace = {"ranks": self.net.size, "longest_round_s": self.boundary.longest_s}
+        return {"handler": self.handler.state_dict(), "costs": self._costs.moments, "pace": pace}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, before `run`."""
+        self.handler.load_state_dict(state["handler"])
+        if state["pace"]["ranks"] == self.net.size:
+            self._costs.moments = state["costs"]
+            self.boundary.longest_s = state["pace"]["longest_round_s"]
+        self._resumed = True
 
     def next_order(self) -> Order:
         """Evaluate if that is due, else train, else send everybody home."""
@@ -102,6 +121,9 @@ class ServerManager(NetworkManager):
             return Order(MessageCode.EVALUATE_PARAMS, self.handler.round_idx - 1, integer_state=state)
         if self._failure is not None or self.handler.stop_condition():
             return self.shutdown_clients()
+        reason = self.boundary.stop_because()
+        if reason is not None:
+            return self._stop_early(reason)
         return self.activate_clients()
 
     def activate_clients(self) -> Order:
@@ -132,9 +154,16 @@ class ServerManager(NetworkManager):
         if self._failure is not None:
             logger.error("%s", self._failure)
             return Order(MessageCode.EXIT, exit_code=self._failure.exit_code)
+        self.boundary.keep(self.handler.round_idx, self.state_dict, wait=True)
         for observer in self.observers:
             observer.on_end(self.handler)
         return Order(MessageCode.EXIT, exit_code=EXIT_DONE)
+
+    def _stop_early(self, reason: str) -> Order:
+        self.boundary.keep(self.handler.round_idx, self.state_dict, wait=True)
+        done = self.handler.round_idx
+        logger.warning("%s: stopping after round %d; run the same command again to go on", reason, done)
+        return Order(MessageCode.EXIT, exit_code=EXIT_STOPPED)
 
     def downlink(self) -> NDArray[np.float32]:
         """The global model itself."""
@@ -149,8 +178,11 @@ class ServerManager(NetworkManager):
             return LocalWork(exact=ExactSum(self.handler.model_parameters, order.weight_total, order.weight_max))
         return LocalWork()
 
-    def on_receive(self, sender_rank: int, message_code: MessageCode, payload: list[ClientUpdate]) -> None:
-        """Note one rank's client updates; a non-finite one ends the job."""
+    def on_receive(self, sender_rank: int, message_code: MessageCode, payload: Any) -> None:
+        """Note one rank's client updates, or that it was sent a signal; a non-finite update ends the job."""
+        if message_code is MessageCode.EXIT:
+            self.boundary.on_stop_wanted(payload, sender_rank)
+            return
         self._clock.busy(sender_rank, sum(update.seconds for update in payload))
         self._updates += payload
         if any(update.bin_idx is None for update in payload):
@@ -241,3 +273,4 @@ class ServerManager(NetworkManager):
         )
         for observer in self.observers:
             observer.on_round(record)
+        self.boundary.after_round(handler.round_idx, record.timings["round_s"], self.state_dict)

@@ -1,6 +1,8 @@
-"""The folder of one run: who may write to it, and what is in it.
+"""The folder of one run: who may write to it, what is in it, and where the run goes on.
 
-runs/NAME/  config.yaml  history.jsonl  model.pt  timeline.json (with --timeline)
+runs/NAME/  config.yaml  history.jsonl  checkpoint/  model.pt  timeline.json (with --timeline)
+
+`model.pt` is there once the run is finished.
 """
 
 from __future__ import annotations
@@ -12,29 +14,37 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ConfigError, FilesystemError
+from fedmpi.core.checkpoint import Checkpoints
+from fedmpi.core.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError
 from fedmpi.core.files import atomic_write
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.lock import FileLock
 from fedmpi.core.messages import RoundRecord
-from fedmpi.options import PROVENANCE, parse, result_options, to_yaml
-from fedmpi.report.history import History
+from fedmpi.options import to_yaml
+from fedmpi.report.history import History, check_history
+from fedmpi.report.same_run import description, refuse_other_run, warn_of_other_bits
 
 logger = logging.getLogger(__name__)
 
 CONFIG, HISTORY, MODEL, TIMELINE, LOCK = "config.yaml", "history.jsonl", "model.pt", "timeline.json", ".lock"
+CHECKPOINTS = "checkpoint"
 
 
 class RunFolder:
-    """This job's folder, locked against other jobs until `close`. On the server rank only."""
+    """This job's folder, locked against other jobs until `close`. On the server rank only.
+
+    Attributes:
+        path: the folder.
+        stored: what the newest checkpoint holds of this run; None: the run starts at round 0.
+    """
 
     def __init__(self, config: RunConfig, data: Mapping[str, object]) -> None:
-        """Make or take the folder.
+        """Make or take the folder, and see where its run stands.
 
         Args:
             config: the options of the run.
@@ -42,35 +52,101 @@ class RunFolder:
 
         Raises:
             FilesystemError: it cannot be written, or another job is using it.
-            ConfigError: it holds a finished run with other settings or data.
+            ConfigError: it holds a run with other settings or data, or `--resume must` finds nothing to go on from.
+            CheckpointError: its checkpoints are damaged.
         """
         self.path = _fresh(config) if config.run_dir is None else _make(Path(config.run_dir))
         self._lock = FileLock(self.path / LOCK, timeout_s=0, what=f"--run-dir {self.path}")
         self._lock.__enter__()
-        self.finished = (self.path / MODEL).exists()
-        if self.finished:
-            try:
-                _refuse_other_settings(self.path, config, data)
-            except ConfigError:
-                self.close()
-                raise
+        self._checkpoints = Checkpoints(self.path / CHECKPOINTS)
+        self._what: dict[str, Any] = description(config, data)
+        try:
+            self.stored = self._find(config)
+        except FedmpiError:
+            self.close()
+            raise
+
+    def _find(self, config: RunConfig) -> dict[str, Any] | None:
+        if config.resume == "never":
+            return None
+        stored = self._checkpoints.load()
+        if stored is None and config.resume == "must":
+            raise ConfigError(f"--resume must: {self.path} holds no checkpoint to go on from")
+        if stored is None and self.finished:
+            raise CheckpointError(
+                f"{self.path} holds {MODEL} but no checkpoint to go on from: name another --run-dir, or --resume never"
+                " to start over"
+            )
+        if stored is not None:
+            refuse_other_run(self.path, stored["run"], self._what)
+            check_history(self.path / HISTORY, stored["history_bytes"], stored["server"]["handler"]["round_idx"])
+        return stored
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / MODEL).exists()
 
     def begin(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
-        """Write config.yaml (without --run-dir, so that it starts another run) and an empty history.
+        """Write config.yaml (without --run-dir, so that it starts another run); go on with the history, or begin one.
 
-        The history of a run that did not finish is put aside.
+        What a run that is started over held is put aside.
+
+        Raises:
+            FilesystemError: the folder cannot be written.
         """
-        history = self.path / HISTORY
-        if history.exists() and history.stat().st_size:
-            old = history.with_name(f"history-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
-            history.rename(old)
-            logger.warning("%s holds a run that did not finish: starting over, its history is now %s", self.path, old)
+        history, num_bytes = self.path / HISTORY, 0
+        if self.stored is None:
+            self._put_aside()
+        else:
+            num_bytes, done = self.stored["history_bytes"], self.stored["server"]["handler"]["round_idx"]
+            warn_of_other_bits(self.stored["made_with"], provenance)
+            logger.info("going on after round %d of the run in %s", done, self.path)
+            if self.finished:
+                _rename(self.path / MODEL, self.path / f"model-round-{done}.pt")
+        self._made_with = dict(provenance)
         atomic_write(self.path / CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), provenance).encode())
-        self._history = History(history)
+        self._history = History(history, num_bytes)
+        self._checkpoints.begin()
+
+    def _put_aside(self) -> None:
+        """Into a folder of this second; an empty history is nothing to keep."""
+        held = [self.path / name for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG)]
+        if not any(path.exists() and path.stat().st_size for path in held[:3]):
+            return
+        aside = self.path / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+        for path in held:
+            if path.exists():
+                _rename(path, aside / path.name)
+        logger.warning("%s: starting over; what was there is now in %s", self.path, aside.name)
 
     def on_round(self, record: RoundRecord) -> None:
         """One line in history.jsonl."""
         self._history.on_round(record)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._checkpoints.busy
+
+    @property
+    def longest_s(self) -> float:
+        """The longest that writing a checkpoint has taken."""
+        return self._checkpoints.longest_s
+
+    def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint; it is complete only once the history up to it is on disk."""
+        whole = {
+            "run": self._what,
+            "made_with": self._made_with,
+            "history_bytes": self._history.num_bytes,
+            "server": state,
+        }
+        self._checkpoints.write(round_idx, whole, self._history.sync)
+
+    def finish(self) -> None:
+        """Return once the checkpoint is on disk."""
+        self._checkpoints.finish()
 
     def on_end(self, handler: SyncParameterServerHandler) -> None:
         """Write model.pt, a plain state dict on CPU."""
@@ -111,19 +187,9 @@ def _make(path: Path) -> Path:
     return path
 
 
-def _refuse_other_settings(path: Path, config: RunConfig, data: Mapping[str, object]) -> None:
-    stored = result_options(parse(type(config), ["--config", str(path / CONFIG)], "", ""))
-    given = result_options(config)
-    for name, value in given.items():
-        if stored[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"--run-dir {path} holds a finished run with {flag} {stored[name]}, this one has {value}: name another"
-            )
-    provenance = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")).get(PROVENANCE, {})
-    for name, value in data.items():
-        if provenance.get(name) != value:
-            raise ConfigError(
-                f"--run-dir {path} holds a finished run with {name} {provenance.get(name)}, this one has {value}: name"
-                " another"
-            )
+def _rename(path: Path, new: Path) -> None:
+    try:
+        new.parent.mkdir(exist_ok=True)
+        path.rename(new)
+    except OSError as error:
+        raise FilesystemError(f"{path}: cannot be renamed ({error.strerror})") from error

@@ -48,8 +48,8 @@ MEETS_MPI = {
 }
 TORCH = {
     "bench.floor", "bench.machine", "bench.rounds", "bench.scale",
-    "core.aggregate", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler", "core.layout",
-    "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data",
+    "core.aggregate", "core.checkpoint", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler",
+    "core.layout", "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data",
     "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.single_step",
     "fedavg", "job", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip

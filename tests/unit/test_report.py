@@ -20,7 +20,7 @@ import yaml
 from torch import nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ConfigError, FilesystemError
+from fedmpi.core.errors import CheckpointError, ConfigError, FilesystemError
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.messages import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
@@ -28,7 +28,7 @@ from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.options import parse, result_hash
 from fedmpi.report import progress, run_folder
 from fedmpi.report.banner import banner
-from fedmpi.report.history import History, read_history
+from fedmpi.report.history import History, check_history, read_history
 from fedmpi.report.progress import Progress
 from fedmpi.report.run_folder import RunFolder
 
@@ -65,6 +65,48 @@ def test_a_new_history_starts_empty(tmp_path: Path) -> None:
     History(path).on_round(RECORD)
     History(path)
     assert read_history(path) == []
+
+
+def test_a_history_goes_on_behind_what_a_checkpoint_knows_of(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History(path)
+    history.on_round(RECORD)
+    known = history.num_bytes
+    history.on_round(NOT_EVALUATED)
+    with path.open("ab") as file:
+        file.write(b'{"round_idx": 2, "coh')  # killed in mid-line
+    again = History(path, known)
+    again.on_round(dataclasses.replace(NOT_EVALUATED, num_samples=91))
+    again.sync()
+    assert read_history(path) == [RECORD, dataclasses.replace(NOT_EVALUATED, num_samples=91)]
+    assert again.num_bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda text: text[:-20], "2 lines, "),
+        (lambda text: text[text.index(b"\n") + 1 :], "1 lines, "),
+        (lambda text: text.replace(b'"round_idx": 1', b'"round_idx": 2'), "a last line of another round"),
+        (lambda text: text.replace(b'{"round_idx": 1', b'["round_idx": 1'), "none of fedmpi's"),
+        (lambda text: text[:-40] + b"\n" * 40, "41 lines, "),
+    ],
+)
+def test_a_history_that_was_changed_is_noticed(tmp_path: Path, damage: Any, found: str) -> None:
+    path = tmp_path / "history.jsonl"
+    history = History(path)
+    history.on_round(RECORD)
+    history.on_round(NOT_EVALUATED)
+    check_history(path, history.num_bytes, 2)
+    path.write_bytes(path.read_bytes() + b"what was written after the checkpoint")
+    check_history(path, history.num_bytes, 2)
+    path.write_bytes(damage(path.read_bytes()[: history.num_bytes]))
+    with pytest.raises(CheckpointError, match=r"does not go with the checkpoint, which is of round 2") as caught:
+        check_history(path, history.num_bytes, 2)
+    assert found in str(caught.value)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        check_history(path, history.num_bytes, 2)
 
 
 def test_history_never_holds_what_is_no_json(tmp_path: Path) -> None:
@@ -190,10 +232,22 @@ def folders() -> Iterator[Any]:
         folder.close()
 
 
+MADE_WITH = {"fedmpi": "0.1", "torch": "2.4", "threads": 1, "engine": "fused", "capability": ["AVX2"], "ranks": 3}
+
+
 def train(folder: RunFolder, config: RunConfig, finish: bool = True) -> SyncParameterServerHandler:
+    """One round, or what is left of it."""
     server = SyncParameterServerHandler(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 3)
-    folder.begin(config, {**DATA, "ranks": 3})
-    folder.on_round(RECORD)
+    folder.begin(config, {**MADE_WITH, **DATA})
+    if folder.stored is not None:
+        server.load_state_dict(folder.stored["server"]["handler"])
+    else:
+        folder.write(0, {"handler": server.state_dict()})
+    while server.round_idx < 1:
+        folder.on_round(RECORD)
+        server.round_idx = 1
+        folder.write(1, {"handler": server.state_dict()})
+    folder.finish()
     if finish:
         folder.on_end(server)
     folder.close()
@@ -206,12 +260,17 @@ def test_what_a_run_leaves(folders: Any, tmp_path: Path) -> None:
     assert folder.path == tmp_path / "deep" / "run"
     assert not folder.finished
     server = train(folder, config)
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "history.jsonl", "model.pt"]
+    held = ["checkpoint", "config.yaml", "history.jsonl", "model.pt"]
+    assert sorted(path.name for path in folder.path.iterdir()) == held
+    assert sorted(path.name for path in (folder.path / "checkpoint").iterdir()) == [
+        "round-000000.ckpt",
+        "round-000001.ckpt",
+    ]
     assert read_history(folder.path / "history.jsonl") == [RECORD]
     again = parse(RunConfig, ["--config", str(folder.path / "config.yaml")], "", "")
     assert again.run_dir is None, "so that it starts another run"
     assert result_hash(again) == result_hash(config)
-    assert yaml.safe_load((folder.path / "config.yaml").read_text())["provenance"] == {**DATA, "ranks": 3}
+    assert yaml.safe_load((folder.path / "config.yaml").read_text())["provenance"] == {**MADE_WITH, **DATA}
     state = torch.load(folder.path / "model.pt", weights_only=True)
     fresh = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     fresh.load_state_dict(state, strict=True)
@@ -246,64 +305,125 @@ def test_a_claim_of_a_dead_process_is_taken_over(folders: Any, tmp_path: Path) -
     folders(config)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_finished_run_is_found_and_left_alone(folders: Any, tmp_path: Path) -> None:
     config = RunConfig(run_dir=str(tmp_path / "run"))
     train(folders(config), config)
-    held = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for same in (config, dataclasses.replace(config, verbose=True, collect="gather", ethernet="lo")):
+    held = contents(tmp_path / "run")
+    harmless = {"verbose": True, "collect": "gather", "ethernet": "lo", "rounds": 50, "checkpoint_every": 7}
+    for same in (config, dataclasses.replace(config, **harmless)):
         folder = folders(same)
         assert folder.finished
+        assert folder.stored["server"]["handler"]["round_idx"] == 1
         folder.close()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == held
+    assert contents(tmp_path / "run") == held
 
 
+@pytest.mark.parametrize("finish", [True, False])
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
         ({"client_lr": 0.5}, "--client-lr 0.1, this one has 0.5"),
-        ({"rounds": 21}, "--rounds 20, this one has 21"),
+        ({"num_clients": 50}, "--num-clients 100, this one has 50"),
+        ({"seed": 1}, "--seed 0, this one has 1"),
+        ({"target_accuracy": 0.5}, "--target-accuracy unset, this one has 0.5"),
         ({"model": "2nn"}, "--model cnn, this one has 2nn"),
         ({"alpha": 0.1, "partition": "dirichlet"}, "--partition iid, this one has dirichlet"),
     ],
 )
-def test_a_finished_run_with_other_settings_is_refused(
-    change: dict[str, Any], flag: str, folders: Any, tmp_path: Path
+def test_a_run_with_other_settings_is_refused(
+    change: dict[str, Any], flag: str, finish: bool, folders: Any, tmp_path: Path
 ) -> None:
     config = RunConfig(run_dir=str(tmp_path / "run"))
-    train(folders(config), config)
+    train(folders(config), config, finish)
     with pytest.raises(ConfigError) as caught:
         folders(dataclasses.replace(config, **change))
-    assert str(caught.value) == f"--run-dir {tmp_path / 'run'} holds a finished run with {flag}: name another"
+    assert str(caught.value) == (
+        f"--run-dir {tmp_path / 'run'} holds a run with {flag}: name another, or --resume never to start over"
+    )
     folders(config).close()  # the refusal let go of the folder
 
 
-def test_a_finished_run_on_another_split_is_refused(folders: Any, tmp_path: Path) -> None:
+def test_a_run_on_another_split_is_refused(folders: Any, tmp_path: Path) -> None:
     """--partition-file names a file, not what is in it: equal options do not mean an equal run."""
     config = RunConfig(run_dir=str(tmp_path / "run"), partition_file="split.pkl")
     train(folders(config), config)
-    with pytest.raises(
-        ConfigError, match=r"holds a finished run with partition_sha256 p+, this one has q+: name another"
-    ):
+    with pytest.raises(ConfigError, match=r"holds a run with partition_sha256 p+, this one has q+: name another"):
         folders(config, {**DATA, "partition_sha256": "q" * 64})
     assert folders(dataclasses.replace(config, partition_file="moved.pkl")).finished
 
 
-def test_the_history_of_an_unfinished_run_is_put_aside(
+def test_a_run_goes_on_where_its_checkpoint_is(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    vector = train(folders(config), config, finish=False).model_parameters
+    history = tmp_path / "run" / "history.jsonl"
+    with history.open("a") as file:
+        file.write("a line that no checkpoint knows of\n")
+    left = tmp_path / "run" / "checkpoint" / ".round-000002.ckpt.abc.tmp"
+    left.write_bytes(b"half a che")
+    again = train(folders(dataclasses.replace(config, resume="must")), config)
+    assert torch.equal(again.model_parameters, vector)
+    assert read_history(history) == [RECORD]
+    assert not left.exists()
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_more_rounds_put_the_finished_model_aside(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config)
+    model = (tmp_path / "run" / "model.pt").read_bytes()
+    folder = folders(dataclasses.replace(config, rounds=50))
+    folder.begin(config, MADE_WITH)
+    assert not folder.finished
+    assert (tmp_path / "run" / "model-round-1.pt").read_bytes() == model
+
+
+def test_going_on_by_other_means_is_said_in_a_line(
     folders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = RunConfig(run_dir=str(tmp_path / "run"))
     train(folders(config), config, finish=False)
-    other = dataclasses.replace(config, client_lr=0.5)  # legal: nothing of the other run goes on
-    folder = folders(other)
-    assert not folder.finished
     with caplog.at_level(logging.WARNING, logger="fedmpi"):
-        folder.begin(other, {})
-    aside = [path for path in folder.path.iterdir() if path.name.startswith("history-")]
-    assert len(aside) == 1
-    assert read_history(aside[0]) == [RECORD]
-    assert read_history(folder.path / "history.jsonl") == []
+        folder = folders(config)
+        folder.begin(config, {**MADE_WITH, "torch": "2.5", "capability": ["AVX2", "AVX512"], "ranks": 7})
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder.path} holds a run that did not finish: starting over, its history is now {aside[0]}"
+        "this run began with torch 2.4, now 2.5; capability AVX2, now AVX2, AVX512: its last bits may differ from those"
+        " of a run of one piece"
+    ]
+
+
+def test_resume_must_wants_something_to_go_on_from(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"), resume="must")
+    with pytest.raises(ConfigError, match=rf"^--resume must: {tmp_path}/run holds no checkpoint to go on from$"):
+        folders(config)
+
+
+def test_a_finished_run_without_its_checkpoints_is_no_run_to_overwrite(folders: Any, tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config)
+    for path in (tmp_path / "run" / "checkpoint").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"holds model\.pt but no checkpoint to go on from: name another"):
+        folders(config)
+
+
+def test_resume_never_puts_aside_what_was_there(folders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config)
+    held = contents(tmp_path / "run")
+    other = dataclasses.replace(config, client_lr=0.5, resume="never")
+    folder = folders(other)
+    with caplog.at_level(logging.WARNING, logger="fedmpi"):
+        folder.begin(other, MADE_WITH)
+    folder.close()
+    (aside,) = (tmp_path / "run").glob("earlier-*")
+    assert contents(aside) == held
+    assert read_history(tmp_path / "run" / "history.jsonl") == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder.path}: starting over; what was there is now in {aside.name}"
     ]
 
 
@@ -311,8 +431,9 @@ def test_an_empty_history_is_nothing_to_keep(folders: Any, tmp_path: Path) -> No
     config = RunConfig(run_dir=str(tmp_path / "run"))
     folder = folders(config)
     folder.begin(config, {})
+    (tmp_path / "run" / "checkpoint").rmdir()
     folder.begin(config, {})
-    assert not list(folder.path.glob("history-*"))
+    assert not list(folder.path.glob("earlier-*"))
 
 
 def test_folders_of_the_same_second_have_names_of_their_own(

@@ -1,0 +1,117 @@
+"""Between two rounds, on the server: keep a checkpoint, and decide whether there is to be another round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from fedmpi.core.stopping import Deadline, StopSignals, name_of
+
+EVERY_S = 60.0
+"""Without `--checkpoint-every`: how often a checkpoint is written."""
+
+
+class Keeper(Protocol):
+    """Keeps the state of a run. Writing goes on beside the rounds."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether the state before is still being written."""
+
+    @property
+    def longest_s(self) -> float:
+        """The longest that writing has taken."""
+
+    def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
+        """Begin to keep `state`, as of now, after `round_idx` rounds."""
+
+    def finish(self) -> None:
+        """Return once what was begun is kept."""
+
+
+class Boundary:
+    """Knows when to keep a checkpoint and when to stop.
+
+    Attributes:
+        deadline: the end of the job's time, if there is one.
+        longest_s: the longest round of this process, or of the one that wrote the checkpoint, before it has one.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper | None = None,
+        every: int | None = None,
+        signals: StopSignals | None = None,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Without a keeper nothing is kept.
+
+        Args:
+            keeper: of this run.
+            every: keep after every so many rounds; None: every `EVERY_S`.
+            signals: of this process.
+            deadline: the end of the job's time.
+        """
+        self._keeper = keeper
+        self._every = every
+        self._signals = signals
+        self.deadline = deadline
+        self.longest_s = 0.0
+        self._rounds = 0
+        self._wanted = ""
+        self._kept_at = time.monotonic()
+        self._kept_round: int | None = None
+
+    def on_stop_wanted(self, signal_number: int, rank: int) -> None:
+        """`rank` was sent a signal."""
+        self._wanted = self._wanted or f"{name_of(signal_number)} on rank {rank}"
+
+    def begin(self, round_idx: int, state: Callable[[], Mapping[str, Any]], resumed: bool) -> None:
+        """Before the first round: what was resumed is kept already."""
+        if resumed:
+            self._kept_round = round_idx
+        else:
+            self.keep(round_idx, state)
+
+    def after_round(self, round_idx: int, seconds: float, state: Callable[[], Mapping[str, Any]]) -> None:
+        """`round_idx` rounds are done, the last took `seconds`: keep the state if it is time to."""
+        self.longest_s = max(self.longest_s, seconds) if self._rounds else seconds
+        self._rounds += 1
+        if self._keeper is None:
+            return
+        if self._every is not None:
+            due = round_idx % self._every == 0
+        else:
+            due = time.monotonic() - self._kept_at >= EVERY_S and not self._keeper.busy
+        if due:
+            self.keep(round_idx, state)
+
+    def keep(self, round_idx: int, state: Callable[[], Mapping[str, Any]], wait: bool = False) -> None:
+        """Keep the state after `round_idx` rounds, unless it is kept; with `wait`, return once it is."""
+        if self._keeper is None:
+            return
+        if self._kept_round != round_idx:
+            self._keeper.write(round_idx, state())
+            self._kept_at, self._kept_round = time.monotonic(), round_idx
+        if wait:
+            self._keeper.finish()
+
+    def stop_because(self) -> str | None:
+        """Why there is to be no other round now; None: go on."""
+        if self._signals is not None and self._signals.received:
+            return name_of(self._signals.received)
+        if self._wanted:
+            return self._wanted
+        if self.deadline is None:
+            return None
+        left_s = self.deadline.left_s()
+        if left_s > self.needed_s():
+            return None
+        first = "" if self._rounds else "not one round fits: "
+        about = f"a round takes about {self.longest_s:.1f} s, " if self.longest_s else ""
+        return f"{first}{about}{max(left_s, 0.0):.1f} s are left of {self.deadline.what}"
+
+    def needed_s(self) -> float:
+        """What a round and a checkpoint may take: the longest that each has taken."""
+        return self.longest_s + (self._keeper.longest_s if self._keeper else 0.0)

@@ -1,0 +1,240 @@
+"""Checkpoints: the state of a run as one file that is whole or not there, and the newest two of them in a folder.
+
+A file is a line `fedmpi checkpoint 1 SHA256`, then what the sum is of: a line of JSON and the bytes of the arrays it
+names. Nothing in it can name a function or a class, so reading a hostile one runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmpi.core.errors import CheckpointError, FilesystemError
+from fedmpi.core.files import atomic_write, remove_temps, sync_folder
+
+logger = logging.getLogger(__name__)
+
+State = Mapping[str, Any]
+"""Plain values, CPU tensors and arrays of numbers, in mappings with text keys and in lists."""
+
+GENERATIONS = 2
+
+_MAGIC = b"fedmpi checkpoint 1 "
+_FIRST_LINE = len(_MAGIC) + 64 + 1
+_ARRAY = "array"  # {"array": index}: where an array stood
+_DTYPES = {
+    np.dtype(name).str: name for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float32", "float64")
+}
+_NAME = re.compile(r"round-(\d{1,12})\.ckpt")
+
+
+def snapshot(state: State) -> State:
+    """A copy of `state` that training may go on beside.
+
+    Raises:
+        TypeError: a value, named by its path, that a checkpoint cannot hold.
+    """
+    arrays: list[NDArray[Any]] = []
+    tree = _pack(state, arrays, "state")
+    return {"tree": tree, "arrays": [array.copy() for array in arrays]}
+
+
+def write_state(file: BinaryIO, copied: State) -> None:
+    """Write what `snapshot` returned."""
+    arrays = copied["arrays"]
+    kinds = [[array.dtype.newbyteorder("<").str, list(array.shape)] for array in arrays]
+    header = json.dumps({"state": copied["tree"], "arrays": kinds}, allow_nan=True).encode() + b"\n"
+    little = (array.astype(array.dtype.newbyteorder("<"), copy=False) for array in arrays)
+    parts = [header, *(array.reshape(-1).view(np.uint8).data for array in little)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    file.write(_MAGIC + digest.hexdigest().encode() + b"\n")
+    for part in parts:
+        file.write(part)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state in a file; tensors come back as arrays.
+
+    Raises:
+        CheckpointError: the file is damaged, cut, or none of ours; it says how.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})") from error
+    if not content.startswith(_MAGIC):
+        raise CheckpointError("is empty" if not content else "is no checkpoint of this version of fedmpi")
+    body = memoryview(content)[_FIRST_LINE:]
+    if content[len(_MAGIC) : _FIRST_LINE] != hashlib.sha256(body).hexdigest().encode() + b"\n":
+        raise CheckpointError("does not match its checksum: it is damaged or cut")
+    try:
+        state = _parse(body)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"does not hold what its first line promises ({type(error).__name__})") from error
+    return state
+
+
+def _parse(body: memoryview) -> dict[str, Any]:
+    end = bytes(body[: 2**24]).index(b"\n")  # a header is far shorter
+    header = json.loads(bytes(body[:end]))
+    arrays, offset = [], end + 1
+    for dtype, shape in header["arrays"]:
+        kind = np.dtype(_DTYPES[dtype])
+        if not all(isinstance(length, int) and 0 <= length <= len(body) for length in shape):
+            raise ValueError("shape")
+        num_bytes = math.prod(shape) * kind.itemsize
+        piece = body[offset : offset + num_bytes]
+        if len(piece) != num_bytes:
+            raise ValueError("size")
+        flat = np.frombuffer(piece, dtype) if num_bytes else np.empty(0, kind)
+        arrays.append(flat.astype(kind).reshape(shape))
+        offset += num_bytes
+    state = _unpack(header["state"], arrays)
+    if offset != len(body) or not isinstance(state, dict):
+        raise ValueError("size")
+    return state
+
+
+def _pack(value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray) and value.dtype.newbyteorder("<").str in _DTYPES:
+        arrays.append(np.ascontiguousarray(value).reshape(value.shape))
+        return {_ARRAY: len(arrays) - 1}
+    if isinstance(value, Mapping) and set(value) != {_ARRAY} and all(isinstance(key, str) for key in value):
+        return {key: _pack(each, arrays, f"{where}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_pack(each, arrays, f"{where}[{i}]") for i, each in enumerate(value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    raise TypeError(f"a checkpoint holds numbers, text, arrays, lists and dicts with text keys; {where} is {kind}")
+
+
+def _unpack(value: Any, arrays: list[NDArray[Any]]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(each, arrays) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {_ARRAY}:
+        return arrays[value[_ARRAY]]
+    return {key: _unpack(each, arrays) for key, each in value.items()}
+
+
+class Checkpoints:
+    """The checkpoints in a folder. Written by a thread of its own, one at a time, while rank 0 goes on.
+
+    Attributes:
+        longest_s: the longest that writing one has taken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """In `folder`, which need not be there yet."""
+        self.folder = folder
+        self.longest_s = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: FilesystemError | None = None
+        self._damaged: list[Path] = []
+
+    def names(self) -> list[Path]:
+        """The files, the newest first: by the round in their name, for clocks jump."""
+        found = [path for path in self.folder.glob("round-*.ckpt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_round_of, reverse=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state that is whole; None if there was never one. A damaged newer one is said in a line.
+
+        Raises:
+            CheckpointError: there are some, and none is whole.
+        """
+        damaged: list[tuple[Path, CheckpointError]] = []
+        for path in self.names():
+            try:
+                state = read_state(path)
+            except CheckpointError as error:
+                damaged.append((path, error))
+                continue
+            for bad, reason in damaged:
+                logger.warning("checkpoint %s %s: going on from %s", bad, reason, path.name)
+            self._damaged = [bad for bad, _ in damaged]
+            return state
+        if damaged:
+            told = "; ".join(f"{path.name} {reason}" for path, reason in damaged)
+            raise CheckpointError(f"no checkpoint in {self.folder} is whole: {told}; --resume never starts over")
+        return None
+
+    def begin(self) -> None:
+        """Make the folder; remove what a killed writer left, and put aside what `load` found damaged.
+
+        Raises:
+            FilesystemError: it cannot be written.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for path in self._damaged:
+                path.rename(path.with_name(path.name + ".damaged"))
+        except OSError as error:
+            raise FilesystemError(f"{self.folder}: cannot be written ({error.strerror})") from error
+        remove_temps(self.folder)
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def write(self, round_idx: int, state: State, before: Callable[[], None]) -> None:
+        """Begin to write `state`, as of now; call `before` first, in the same thread.
+
+        Raises:
+            FilesystemError: the one before could not be written.
+        """
+        self.finish()
+        copied = snapshot(state)
+        self._thread = threading.Thread(target=self._write, args=(round_idx, copied, before), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Return once what was begun is on disk.
+
+        Raises:
+            FilesystemError: it could not be written; the checkpoints before it are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, round_idx: int, copied: State, before: Callable[[], None]) -> None:
+        begun = time.monotonic()
+        try:
+            before()
+            atomic_write(self.folder / f"round-{round_idx:06}.ckpt", lambda file: write_state(file, copied))
+            for old in self.names()[GENERATIONS:]:
+                old.unlink(missing_ok=True)
+            sync_folder(self.folder)
+        except OSError as error:
+            self._error = FilesystemError(f"{self.folder}: cannot be tidied up ({error.strerror})")
+        except FilesystemError as error:
+            self._error = error
+        self.longest_s = max(self.longest_s, time.monotonic() - begun)
+
+
+def _round_of(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1

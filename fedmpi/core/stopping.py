@@ -1,0 +1,124 @@
+"""What makes a job stop before its last round: a signal, or the end of its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+
+_SAME_KEY_S = 0.2  # Ctrl-C reaches a rank twice, from the terminal and from the launcher, in one instant
+_SLURM_ANSWERS_S = 10.0
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1 set a flag and nothing else; so does SIGINT from `catch_interrupt` on, at its first time.
+
+    Attributes:
+        received: the signal that asked this process to stop; 0: none.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is caught yet."""
+        self.received = 0
+        self._say: Callable[[str], None] | None = None
+        self._interrupted = 0.0
+
+    def catch(self) -> None:
+        """From now on SIGTERM and SIGUSR1 are noted. In the main thread only."""
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def catch_interrupt(self, say: Callable[[str], None] | None = None) -> None:
+        """From now on SIGINT is noted too, and told by `say`; a second one is a KeyboardInterrupt."""
+        self._say = say
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+    def _interrupt(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._interrupted:
+            self._interrupted = now
+            self._note(number, None)
+            if self._say is not None:
+                self._say("interrupted: stopping at the end of this round; press Ctrl-C again to stop at once")
+        elif now - self._interrupted > _SAME_KEY_S:
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When this job's time is over.
+
+    Attributes:
+        at: by `time.monotonic`, which no change of the clock moves.
+        what: whose limit it is, for messages.
+    """
+
+    at: float
+    what: str
+
+    def left_s(self) -> float:
+        """Seconds until then."""
+        return self.at - time.monotonic()
+
+
+def find_deadline(max_seconds: float | None, started: float, environ: Mapping[str, str]) -> Deadline | None:
+    """The earlier of `max_seconds` after `started` and the end of the Slurm job that this process runs in.
+
+    Starts a child process if there is such a job, so call it before MPI starts.
+    """
+    found = []
+    if max_seconds is not None:
+        found.append(Deadline(started + max_seconds, f"--max-seconds {max_seconds:g}"))
+    job = environ.get("SLURM_JOB_ID")
+    left_s = slurm_seconds_left(job, environ) if job else None
+    if left_s is not None:
+        found.append(Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}"))
+    return min(found, key=lambda deadline: deadline.at, default=None)
+
+
+def slurm_seconds_left(job: str, environ: Mapping[str, str]) -> float | None:
+    """Seconds that Slurm gives `job`, asked from it; else by the end time in the environment; None: no limit known."""
+    try:
+        told = subprocess.run(
+            ["squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%L"],
+            capture_output=True, text=True, timeout=_SLURM_ANSWERS_S, env=dict(environ), check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        told = None
+    if told is not None and told.returncode == 0:
+        return parse_slurm_time(told.stdout.strip())  # empty: a variable left over in this shell
+    with contextlib.suppress(KeyError, ValueError):
+        return float(environ["SLURM_JOB_END_TIME"]) - time.time()
+    return None
+
+
+def parse_slurm_time(text: str) -> float | None:
+    """Seconds of Slurm's [days-][[hours:]minutes:]seconds, as in "1-02:03:04", "59:30" or "0:07"; else None."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def name_of(signal_number: int) -> str:
+    """Such as "SIGTERM"."""
+    return signal.Signals(signal_number).name
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, as Linux tells them; 0 where it does not."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        with open("/proc/self/stat", encoding="utf-8") as file:  # noqa: PTH123  # no pathlib before it is needed
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return 0.0

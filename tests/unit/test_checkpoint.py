@@ -1,0 +1,256 @@
+"""Checkpoints: what goes in comes out, two generations, and whatever is damaged or hostile is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmpi.core import checkpoint
+from fedmpi.core.checkpoint import Checkpoints, read_state, snapshot, write_state
+from fedmpi.core.errors import CheckpointError, FilesystemError
+
+STATE = {
+    "round_idx": 12,
+    "vector": torch.linspace(-1, 1, 1000),
+    "none": None,
+    "deep": {"lr": 0.1, "name": "adäm", "moments": [np.arange(6.0).reshape(2, 3), np.zeros((0, 4), np.int64)]},
+    "scalar": np.array(7, np.int32),
+    "flags": [True, False],
+}
+
+
+def saved(path: Path, state: Any) -> Path:
+    with path.open("wb") as file:
+        write_state(file, snapshot(state))
+    return path
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor | np.ndarray):
+        left = np.asarray(left)
+        alike = isinstance(right, np.ndarray) and (left.dtype, left.shape) == (right.dtype, right.shape)
+        return alike and left.tobytes() == right.tobytes()
+    if isinstance(left, dict):
+        return set(left) == set(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return type(left) is type(right) and left == right
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    assert same(STATE, read_state(saved(tmp_path / "a", STATE)))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ),
+    st.sampled_from(["bool", "uint8", "int8", "int16", "int32", "int64", "float32", "float64"]),
+    st.lists(st.integers(0, 4), max_size=4),
+)
+def test_any_state_comes_back_as_it_was(tmp_path_factory: Any, value: Any, dtype: str, shape: list[int]) -> None:
+    array = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    state = {"value": value, "arrays": [array, array[..., ::-1] if shape else array]}
+    path = tmp_path_factory.mktemp("any") / "a"
+    if isinstance(value, dict) and set(value) == {"array"}:
+        return  # the one name that is taken
+    assert same(state, read_state(saved(path, state)))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({1: 2}, r"state\['x'\] is a dict"),
+        ([{"y": object()}], r"state\['x'\]\[0\]\['y'\] is a object"),
+        (np.float64(0.5), r"state\['x'\] is a float64"),
+        (np.array([object()]), r"state\['x'\] is an array of object"),
+        (torch.zeros(2, dtype=torch.complex64), r"state\['x'\] is an array of complex64"),
+        ({"array": 3}, r"state\['x'\] is a dict"),
+        (b"bytes", r"state\['x'\] is a bytes"),
+    ],
+)
+def test_what_cannot_be_kept_is_named_before_it_is_needed(value: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        snapshot({"x": value})
+
+
+def test_a_snapshot_does_not_follow_what_training_does(tmp_path: Path) -> None:
+    vector = torch.zeros(3)
+    copied = snapshot({"vector": vector})
+    vector += 1
+    with (tmp_path / "a").open("wb") as file:
+        write_state(file, copied)
+    assert read_state(tmp_path / "a")["vector"].tolist() == [0, 0, 0]
+
+
+# what is damaged
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: b"", "is empty"),
+        (lambda content: content[:-1], "does not match its checksum"),
+        (lambda content: content[: len(content) // 2], "does not match its checksum"),
+        (lambda content: content + b"\0", "does not match its checksum"),
+        (lambda content: content[:40], "does not match its checksum"),
+        (lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:], "does not match its checksum"),
+        (lambda content: b"PK\3\4" + content, "is no checkpoint of this version"),
+        (lambda content: content.replace(b"checkpoint 1", b"checkpoint 2"), "is no checkpoint of this version"),
+    ],
+)
+def test_damage_is_noticed(tmp_path: Path, damage: Any, said: str) -> None:
+    path = saved(tmp_path / "a", STATE)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"^{said}"):
+        read_state(path)
+
+
+def signed(body: bytes) -> bytes:
+    return b"fedmpi checkpoint 1 " + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\n",
+        b"{}\n",
+        b"[]\n",
+        b'{"state": [], "arrays": []}\n',
+        b'{"state": {}, "arrays": []}\nmore',
+        b'{"state": {"a": {"array": 0}}, "arrays": []}\n',
+        b'{"state": {"a": {"array": "0"}}, "arrays": []}\n',
+        b'{"state": {}, "arrays": [["<f4", [1000000000, 1000000000]]]}\n',
+        b'{"state": {}, "arrays": [["<f4", [-1]]]}\n0000',
+        b'{"state": {}, "arrays": [["<f4", [1.0]]]}\n0000',
+        b'{"state": {}, "arrays": [["|O", [1]]]}\n00000000',
+        b'{"state": {}, "arrays": [["<f4", ' + b"[" * 100000 + b"]" * 100000 + b"]]}\n",
+        b'{"state": ' + b'{"a":' * 100000 + b"1" + b"}" * 100000 + b', "arrays": []}\n',
+        b'{"state": {}, "arrays": [["<f4", ' + json.dumps([0] * 1000).encode() + b"]]}\n",
+        b"cos\nsystem\n(S'touch /tmp/x'\ntR.",
+    ],
+)
+def test_a_hostile_file_with_a_right_checksum_is_refused(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "a").write_bytes(signed(body))
+    with pytest.raises(CheckpointError, match=r"^does not hold what its first line promises"):
+        read_state(tmp_path / "a")
+
+
+def test_thousands_of_mutations_are_refused_or_harmless(tmp_path: Path) -> None:
+    """With the checksum of the mutated content, so that it is the parser that is tried."""
+    content = saved(tmp_path / "a", STATE).read_bytes()
+    body, rng = content[content.index(b"\n") + 1 :], random.Random(0)
+    refused = 0
+    for _ in range(3000):
+        mutated = bytearray(body)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(min(len(mutated), 700))
+            kind = rng.randrange(3)
+            if kind == 0:
+                mutated[at] = rng.randrange(256)
+            elif kind == 1:
+                del mutated[at : at + rng.randint(1, 20)]
+            else:
+                mutated[at:at] = rng.choice([b"[", b"}", b'"', b"9" * 30, b"\n", b"-", b"null", b"1e999", b"\xff"])
+        (tmp_path / "a").write_bytes(signed(bytes(mutated)))
+        try:
+            assert isinstance(read_state(tmp_path / "a"), dict)
+        except CheckpointError:
+            refused += 1
+    assert refused > 1000
+
+
+# the folder
+
+
+def keep(store: Checkpoints, *rounds: int) -> None:
+    for round_idx in rounds:
+        store.write(round_idx, {"round_idx": round_idx, "vector": torch.full((100,), float(round_idx))}, lambda: None)
+    store.finish()
+
+
+def test_two_generations_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "checkpoint")
+    assert store.load() is None
+    store.begin()
+    keep(store, 0, 5, 10, 1000000)
+    assert [path.name for path in store.names()] == ["round-1000000.ckpt", "round-000010.ckpt"]
+    state = Checkpoints(tmp_path / "checkpoint").load()
+    assert state is not None
+    assert state["round_idx"] == 1000000
+    assert store.longest_s > 0
+
+
+def test_a_damaged_newest_one_falls_back_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Checkpoints(tmp_path)
+    store.begin()
+    keep(store, 5, 10)
+    newest = tmp_path / "round-000010.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    again = Checkpoints(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="fedmpi"):
+        state = again.load()
+    assert state is not None
+    assert state["round_idx"] == 5
+    assert [record.getMessage() for record in caplog.records] == [
+        f"checkpoint {newest} does not match its checksum: it is damaged or cut: going on from round-000005.ckpt"
+    ]
+    again.begin()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000005.ckpt", "round-000010.ckpt.damaged"]
+
+
+def test_all_damaged_is_never_round_0(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    store.begin()
+    keep(store, 5, 10)
+    (tmp_path / "round-000005.ckpt").write_bytes(b"")
+    (tmp_path / "round-000010.ckpt").write_bytes(b"x")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoints(tmp_path).load()
+    assert str(caught.value) == (
+        f"no checkpoint in {tmp_path} is whole: round-000010.ckpt is no checkpoint of this version of fedmpi;"
+        " round-000005.ckpt is empty; --resume never starts over"
+    )
+
+
+def test_rank_0_goes_on_while_one_is_written(tmp_path: Path) -> None:
+    store, may_go_on = Checkpoints(tmp_path), threading.Event()
+    store.begin()
+    store.write(1, {"a": 1}, lambda: may_go_on.wait(10) and None)  # type: ignore[func-returns-value]
+    assert store.busy
+    assert not store.names()
+    may_go_on.set()
+    store.finish()
+    assert not store.busy
+    assert len(store.names()) == 1
+
+
+def test_what_cannot_be_written_is_raised_and_the_older_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Checkpoints(tmp_path)
+    store.begin()
+    keep(store, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_state", full)
+        store.write(2, {"a": 1}, lambda: None)
+        with pytest.raises(FilesystemError, match=r"round-000002\.ckpt cannot be written: No space left on device"):
+            store.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001.ckpt"]
+    keep(store, 3)
+    assert len(store.names()) == 2

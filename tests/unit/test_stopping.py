@@ -1,0 +1,237 @@
+"""Signals set a flag; deadlines come from an option or from Slurm; the boundary keeps and stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmpi.core import boundary as boundary_module
+from fedmpi.core import stopping
+from fedmpi.core.boundary import Boundary
+from fedmpi.core.stopping import (
+    Deadline,
+    StopSignals,
+    find_deadline,
+    parse_slurm_time,
+    process_age_s,
+    slurm_seconds_left,
+)
+
+
+@pytest.fixture
+def signals() -> Iterator[StopSignals]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield StopSignals()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_nothing_else(signals: StopSignals, number: signal.Signals) -> None:
+    signals.catch()
+    assert signals.received == 0
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received == number, "the first one is told"
+
+
+def test_ctrl_c_is_noted_once_and_ends_the_job_at_the_second_time(
+    signals: StopSignals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    signals.catch_interrupt(said.append)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the same key press, by way of the launcher
+    assert signals.received == signal.SIGINT
+    assert said == ["interrupted: stopping at the end of this round; press Ctrl-C again to stop at once"]
+    later = time.monotonic() + 0.3
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: later)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0:07", 7),
+        ("59:30", 3570),
+        ("1:00:00", 3600),
+        ("2-03:04:05", 183845),
+        ("UNLIMITED", None),
+        ("NOT_SET", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
+def test_slurms_way_to_write_a_time(text: str, seconds: float | None) -> None:
+    assert parse_slurm_time(text) == seconds
+
+
+def squeue(folder: Path, body: str) -> dict[str, str]:
+    (folder / "squeue").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "squeue").chmod(0o755)
+    return {"PATH": str(folder), "SLURM_JOB_ID": "17"}
+
+
+def test_slurm_is_asked_for_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = squeue(tmp_path, 'case "$*" in *--jobs=17*--format=%L*) echo " 1:40" ;; *) exit 1 ;; esac')
+    monkeypatch.setenv("PATH", environ["PATH"])
+    assert slurm_seconds_left("17", environ) == 100
+    found = find_deadline(None, time.monotonic(), environ)
+    assert found is not None
+    assert found.what == "the time limit of Slurm job 17"
+    assert 95 < found.left_s() <= 100
+    sooner = find_deadline(60, time.monotonic() - 20, environ)
+    assert sooner is not None
+    assert sooner.what == "--max-seconds 60"
+    assert 35 < sooner.left_s() <= 40
+
+
+def test_a_job_that_is_over_left_its_number_in_this_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = squeue(tmp_path, "exit 0") | {"SLURM_JOB_END_TIME": str(time.time() + 5)}
+    monkeypatch.setenv("PATH", environ["PATH"])
+    assert find_deadline(None, 0, environ) is None
+
+
+@pytest.mark.parametrize("body", ["exit 1", "exec sleep 30", None])
+def test_where_slurm_does_not_answer_the_environment_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str | None
+) -> None:
+    environ = squeue(tmp_path, body) if body else {"SLURM_JOB_ID": "17"}
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if body and "sleep" in body else str(tmp_path))
+    environ["PATH"] = os.environ["PATH"]
+    monkeypatch.setattr(stopping, "_SLURM_ANSWERS_S", 0.5)
+    assert find_deadline(None, 0, environ) is None
+    left = slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
+    assert left is not None
+    assert 95 < left <= 100
+    assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": "tomorrow"}) is None
+
+
+def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue(tmp_path, f"touch {tmp_path}/asked; echo 0:10")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert find_deadline(None, 0, {"PATH": os.environ["PATH"]}) is None
+    assert not (tmp_path / "asked").exists()
+
+
+def test_the_age_of_this_process() -> None:
+    before = process_age_s()
+    time.sleep(0.05)
+    assert 0 < before < process_age_s()
+
+
+# the boundary
+
+
+class Disk:
+    """Keeps in memory."""
+
+    busy = False
+    longest_s = 0.0
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self.finished = 0
+
+    def write(self, round_idx: int, state: Any) -> None:
+        assert state == {"rounds": round_idx}
+        self.kept.append(round_idx)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    told = Clock()
+    monkeypatch.setattr(boundary_module, "time", told)
+    monkeypatch.setattr(stopping, "time", told)
+    return told
+
+
+def run(between: Boundary, clock: Clock, rounds: range, seconds: float) -> int:
+    """Rounds of so many seconds until the boundary says stop; how many there were."""
+    for done in rounds:
+        if between.stop_because() is not None:
+            return done
+        clock.now += seconds
+        between.after_round(done + 1, seconds, lambda done=done: {"rounds": done + 1})  # type: ignore[misc]
+    return rounds.stop
+
+
+def test_every_nth_round_and_the_last_is_kept_once(clock: Clock) -> None:
+    disk = Disk()
+    between = Boundary(disk, every=3)
+    between.begin(0, lambda: {"rounds": 0}, resumed=False)
+    run(between, clock, range(6), 1.0)
+    between.keep(6, lambda: {"rounds": 6}, wait=True)
+    assert disk.kept == [0, 3, 6]
+    assert disk.finished == 1
+
+
+def test_by_time_it_is_once_a_minute_and_not_while_one_is_written(clock: Clock) -> None:
+    disk = Disk()
+    between = Boundary(disk)
+    between.begin(7, lambda: {"rounds": 7}, resumed=True)
+    run(between, clock, range(7, 20), 25.0)
+    assert disk.kept == [10, 13, 16, 19]
+    disk.busy = True
+    run(between, clock, range(20, 30), 25.0)
+    assert disk.kept == [10, 13, 16, 19]
+
+
+def test_without_a_keeper_nothing_is_kept_and_nothing_fails(clock: Clock) -> None:
+    between = Boundary()
+    between.begin(0, dict, resumed=False)
+    assert run(between, clock, range(100), 25.0) == 100
+    between.keep(100, dict, wait=True)
+
+
+def test_a_signal_here_or_elsewhere_stops(clock: Clock) -> None:
+    here = StopSignals()
+    between = Boundary(signals=here)
+    assert between.stop_because() is None
+    here.received = signal.SIGTERM
+    assert between.stop_because() == "SIGTERM"
+    elsewhere = Boundary()
+    elsewhere.on_stop_wanted(signal.SIGUSR1, 3)
+    elsewhere.on_stop_wanted(signal.SIGTERM, 4)
+    assert elsewhere.stop_because() == "SIGUSR1 on rank 3"
+
+
+def test_no_round_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
+    """10 s a round, 2 s a checkpoint, 95 s: the ninth round ends at 90 s and its checkpoint at 92."""
+    disk = Disk()
+    disk.longest_s = 2.0
+    between = Boundary(disk, deadline=Deadline(clock.now + 95, "--max-seconds 95"))
+    assert run(between, clock, range(100), 10.0) == 9
+    assert between.stop_because() == "a round takes about 10.0 s, 5.0 s are left of --max-seconds 95"
+
+
+def test_the_margin_is_the_longest_round_seen(clock: Clock) -> None:
+    between = Boundary(deadline=Deadline(clock.now + 100, "x"))
+    run(between, clock, range(1), 40.0)
+    assert run(between, clock, range(1, 100), 5.0) == 5, "40 + 4 x 5 = 60: 40 are left, no more than the longest"
+
+
+def test_a_time_that_is_shorter_than_a_round_says_so(clock: Clock) -> None:
+    between = Boundary(deadline=Deadline(clock.now + 30, "the time limit of Slurm job 5"))
+    assert between.stop_because() is None, "nothing is known yet"
+    between.longest_s = 50.0  # from the checkpoint
+    assert between.stop_because() == (
+        "not one round fits: a round takes about 50.0 s, 30.0 s are left of the time limit of Slurm job 5"
+    )
