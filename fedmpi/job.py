@@ -49,6 +49,7 @@ from fedmpi.core.stopping import Deadline, StopSignals
 from fedmpi.core.timeline import chrome_trace
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import vector_hash
+from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition_file import resolve_partition
@@ -182,7 +183,8 @@ def run_job(
             net.timeline.begin()
         if signals is not None:
             signals.catch_interrupt(say if net.is_server else None)
-        code = manager.run()
+        with Watchdog(net, config.stall_timeout, boundary if net.is_server else None):
+            code = manager.run()
         if config.timeline:
             spans = net.gather_timeline()
             net.on_root(lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
@@ -212,7 +214,7 @@ def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None,
 
 def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     """Collective. This rank's device, opened, and everybody's for the banner."""
-    node = net.ranks_of_node()
+    node = net.node
     host = socket.gethostname()
     where = f"rank {net.rank} on {host}"
     masks = net.on_every_rank(affinity())

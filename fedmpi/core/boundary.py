@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -58,6 +59,9 @@ class Boundary:
         self._signals = signals
         self.deadline = deadline
         self.longest_s = 0.0
+        self._longest_client_s = 0.0
+        self._clients_a_rank = 1
+        self._round_began: float | None = None
         self._rounds = 0
         self._wanted = ""
         self._kept_at = time.monotonic()
@@ -78,6 +82,7 @@ class Boundary:
         """`round_idx` rounds are done, the last took `seconds`: keep the state if it is time to."""
         self.longest_s = max(self.longest_s, seconds) if self._rounds else seconds
         self._rounds += 1
+        self._round_began = None
         if self._keeper is None:
             return
         if self._every is not None:
@@ -103,10 +108,9 @@ class Boundary:
             return name_of(self._signals.received)
         if self._wanted:
             return self._wanted
-        if self.deadline is None:
-            return None
-        left_s = self.deadline.left_s()
-        if left_s > self.needed_s():
+        left_s = self.deadline.left_s() if self.deadline else math.inf
+        if self.deadline is None or left_s > self.needed_s():
+            self._round_began = time.monotonic()
             return None
         first = "" if self._rounds else "not one round fits: "
         about = f"a round takes about {self.longest_s:.1f} s, " if self.longest_s else ""
@@ -115,3 +119,25 @@ class Boundary:
     def needed_s(self) -> float:
         """What a round and a checkpoint may take: the longest that each has taken."""
         return self.longest_s + (self._keeper.longest_s if self._keeper else 0.0)
+
+    def overdue(self, ending_s: float) -> str | None:
+        """From another thread: why to give up the round under way, `ending_s` before the end; None: go on with it."""
+        began = self._round_began
+        if self.deadline is None or began is None or self.deadline.left_s() > ending_s:
+            return None
+        for_s = time.monotonic() - began
+        if self._rounds and for_s <= self.needed_s():
+            return None  # it will end in time
+        what = "a round takes longer than any before" if self._rounds else "not one round fits: a round takes longer"
+        return f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: run again to go on"
+
+    def expects(self, longest_client_s: float, clients_a_rank: int) -> None:
+        """The longest that a client has taken so far, and how many clients one rank may get in the round at hand."""
+        self._longest_client_s = max(self._longest_client_s, longest_client_s)
+        self._clients_a_rank = clients_a_rank
+
+    def answers_within_s(self, timeout_s: float, patience: float) -> float | None:
+        """How long a rank may take to answer the order of a round; None before any client has answered."""
+        if not self._longest_client_s:
+            return None
+        return max(timeout_s, patience * self._longest_client_s) * (self._clients_a_rank + 1)

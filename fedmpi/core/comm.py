@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.core.agreement import Agreement
+from fedmpi.core.board import NOBODY, SAID, Board, board_bytes
 from fedmpi.core.collection import Collection, as_bytes, pieces_of
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, Order
@@ -38,7 +39,6 @@ Buffer = TypeVar("Buffer")
 
 _ABORT_S = 3.0
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
-_NOBODY, _SAID = -1, -2
 
 
 class PackageProcessor(Agreement, Collection):
@@ -52,6 +52,10 @@ class PackageProcessor(Agreement, Collection):
         one_node: whether all ranks share one node's memory.
         over: whether the server has sent everybody home, so that this process may end.
         timeline: notes what this rank spends its time on, if somebody has begun it.
+        node: the ranks that share this rank's memory, ascending.
+        peers: rank -> process id of the others of them, as far as this process can see them.
+        board: what these ranks show each other.
+        waits_for: the rank this one waits to receive from, if any, and since when (`time.monotonic`).
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
@@ -76,9 +80,22 @@ class PackageProcessor(Agreement, Collection):
         self.over = False
         self.timeline = Timeline()
         self._counter: MPI.Win | None = None
-        self._speaker = self._shared_flag()
-        self._waiting = Waiting(self._peers_on_node())
-        self.one_node = self.max_of(self.size - len(self.ranks_of_node())) == 0
+        self.waits_for: tuple[int | None, float] = None, 0.0
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        assert isinstance(node, MPI.Intracomm)
+        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""  # noqa: PTH110, PTH115
+        held = node.allgather((self.rank, os.getpid(), namespace))
+        self.node = sorted(rank for rank, _, _ in held)
+        self.peers = {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
+        self.board = self._shared_board(node)
+        node.Free()
+        self._waiting = Waiting(self.peers)
+        self.one_node = self.max_of(self.size - len(self.node)) == 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether this rank is waiting for others; any thread may ask."""
+        return self._waiting.now
 
     def share_cores(self, num_ranks: int, num_cores: int) -> None:
         """So many ranks share this node's cores, which decides how deeply a waiting rank sleeps."""
@@ -162,7 +179,9 @@ class PackageProcessor(Agreement, Collection):
             self._waiting.until(request)
 
     def receive(self, array: NDArray[Any], rank: int) -> None:
+        self.waits_for = rank, time.monotonic()
         self._waiting.until(self._comm.Irecv(as_bytes(array), rank))
+        self.waits_for = None, 0.0
 
     def sum_all(self, values: NDArray[Any]) -> None:
         """Collective. Every rank's buffer becomes the sum over all of them; float sums depend on the ranks."""
@@ -190,13 +209,6 @@ class PackageProcessor(Agreement, Collection):
     def _tell(self, value: T) -> list[T]:
         return self._comm.allgather(value)
 
-    def ranks_of_node(self) -> list[int]:
-        """Collective. The ranks that share this rank's memory, by MPI and not by host name, ascending."""
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        ranks = sorted(node.allgather(self.rank))
-        node.Free()
-        return ranks
-
     def split(self, group: int) -> PackageProcessor:
         """Collective. A communicator of its own for the ranks that pass the same `group`, in the order of this one."""
         comm = self._comm.Split(group, self.rank)
@@ -214,16 +226,17 @@ class PackageProcessor(Agreement, Collection):
 
     def last_words(self, message: str) -> None:
         """Say why the job ends, unless another rank of this node does; returns once it is said. Sends nothing."""
-        if self._speaker[0] == _NOBODY:
-            self._speaker[0] = self.rank
+        speaker = self.board.speaker
+        if speaker[0] == NOBODY:
+            speaker[0] = self.rank
             time.sleep(0.01)  # two ranks may claim in the same instant: the later write wins, and both see who
-        if self._speaker[0] == self.rank:
+        if speaker[0] == self.rank:
             with contextlib.suppress(OSError):  # nobody reads any more
                 os.write(2, message.encode(errors="backslashreplace"))
             time.sleep(_FORWARD_S)
-            self._speaker[0] = _SAID
+            speaker[0] = SAID
         end = time.monotonic() + _ABORT_S
-        while self._speaker[0] != _SAID and time.monotonic() < end:
+        while speaker[0] != SAID and time.monotonic() < end:
             time.sleep(0.01)
 
     def abort(self, exit_code: int) -> NoReturn:
@@ -236,26 +249,16 @@ class PackageProcessor(Agreement, Collection):
         self._comm.Abort(exit_code)
         raise AssertionError("MPI_Abort returned")
 
-    def _shared_flag(self) -> NDArray[np.int64]:
-        """Collective. One integer that the ranks of this node share: who says why the job ends."""
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        assert isinstance(node, MPI.Intracomm)
-        self._window = MPI.Win.Allocate_shared(8 if node.Get_rank() == 0 else 0, 8, comm=node)
+    def _shared_board(self, node: MPI.Intracomm) -> Board:
+        """Collective among the ranks of `node`."""
+        first = node.Get_rank() == 0
+        self._window = MPI.Win.Allocate_shared(board_bytes(len(self.node)) if first else 0, 8, comm=node)
         memory, _ = self._window.Shared_query(0)
-        flag: NDArray[np.int64] = np.asarray(memory).view(np.int64)[:1]
-        if node.Get_rank() == 0:
-            flag[0] = _NOBODY
+        board = Board(np.asarray(memory).view(np.uint8), self.node, self.rank)
+        if first:
+            board.clear()
         node.Barrier()
-        node.Free()
-        return flag
-
-    def _peers_on_node(self) -> dict[int, int]:
-        """Collective. Rank -> process id of this node's other ranks, as far as this process can see them."""
-        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""  # noqa: PTH110, PTH115
-        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        held = node.allgather((self.rank, os.getpid(), namespace))
-        node.Free()
-        return {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
+        return board
 
     def count_bytes(self, num_bytes: int) -> None:
         if self.size > 1:

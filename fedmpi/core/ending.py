@@ -34,19 +34,15 @@ def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
             if net.is_server:
                 say_error(str(error))
             raise SystemExit(net.leave(error.exit_code)) from None
-        _last_words(net, str(error))
-        net.abort(error.exit_code)
+        end_all(net, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _last_words(net, "interrupted (Ctrl-C): what finished rounds wrote is kept")
-        net.abort(EXIT_INTERRUPTED)
+        end_all(net, "interrupted (Ctrl-C): what finished rounds wrote is kept", EXIT_INTERRUPTED)
     except SystemExit as left:
         if net.over:
             raise
-        _last_words(net, f"left by sys.exit({left.code!r}) in mid-run")
-        net.abort(EXIT_CRASH)
+        end_all(net, f"left by sys.exit({left.code!r}) in mid-run", EXIT_CRASH)
     except BaseException:  # noqa: BLE001  # the one place: a crash of any kind must not leave the others waiting
-        _last_words(net, f"crashed\n{traceback.format_exc().rstrip()}")
-        net.abort(EXIT_CRASH)
+        end_all(net, f"crashed\n{traceback.format_exc().rstrip()}", EXIT_CRASH)
 
 
 @contextmanager
@@ -56,8 +52,7 @@ def _guarded_exit(net: PackageProcessor) -> Iterator[None]:
 
     def guarded(status: int) -> NoReturn:
         if os.getpid() == pid and not net.over:
-            _last_words(net, f"left by os._exit({status}) in mid-run")
-            net.abort(status or EXIT_CRASH)
+            end_all(net, f"left by os._exit({status}) in mid-run", status or EXIT_CRASH)
         real(status)
 
     os._exit = guarded
@@ -78,8 +73,12 @@ def say(message: str) -> None:
         os.write(2, f"fedmpi: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
 
 
-def _last_words(net: PackageProcessor, message: str) -> None:
-    """One message a node, in one write: others often fail for the same reason, or because of this failure."""
+def end_all(net: PackageProcessor, message: str, exit_code: int) -> NoReturn:
+    """End every rank with `exit_code`, from any thread.
+
+    One message a node, in one write: others often fail for the same reason, or because of this failure.
+    """
     activity = f", {net.activity}" if net.activity else ""
     where = f"[rank {net.rank}, host {socket.gethostname()}, pid {os.getpid()}{activity}]"
     net.last_words(f"fedmpi: {where} {message}\n")
+    net.abort(exit_code)

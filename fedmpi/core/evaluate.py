@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedmpi.core import pulse
+
 CHUNK_SIZE = 100
 """Samples a chunk. A product's last bits depend on its shape, so this is the same whatever the number of ranks."""
 
@@ -62,6 +64,7 @@ class Evaluator:
                 inputs, labels = self._load(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, self.num_samples))
                 logits = model(inputs)
                 correct.append(logits.argmax(1) == labels)
+                pulse.beat()
                 losses.append(functional.cross_entropy(logits, labels, reduction="none"))
             loss = torch.cat([each.cpu() for each in losses]).to(torch.float64)
             finite = loss.abs() < _LOSS_LIMIT  # false for NaN too

@@ -137,6 +137,8 @@ class ServerManager(NetworkManager):
         else:
             ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"
+        longest_s = max((update.seconds for update in self._updates), default=0.0)
+        self.boundary.expects(longest_s, len(cohort) if self._draws else int(np.bincount(ranks).max()))
         self._updates = []
         return Order(
             MessageCode.PARAMETER_UPDATE,

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedmpi.core import pulse
 from fedmpi.core.errors import ModelError
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.vector import SerializationTool, flatten
@@ -174,6 +175,7 @@ class ClientSGDTrainer(ClientTrainer):
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 self.optimizer.step()
+                pulse.beat()
                 total, steps = total + float(loss.detach()), steps + 1
         self.loss = total / steps if steps else math.nan
 

@@ -33,12 +33,14 @@ class Waiting:
 
     Attributes:
         ranks_per_core: of this node.
+        now: whether this rank is waiting, for the eyes of other threads.
     """
 
     def __init__(self, peers: Mapping[int, int]) -> None:
         """`peers`: rank -> process id of this node's other ranks, to notice one that is gone."""
         self._peers = peers
         self.ranks_per_core = 2.0
+        self.now = False
 
     def until(self, request: Request, patience_s: float | None = None) -> bool:
         """Return True once `request` is done, or False after `patience_s`.
@@ -50,6 +52,7 @@ class Waiting:
         longest_s = crowded_s if self.ranks_per_core > 1 else _LONGEST_SLEEP_S
         started = time.monotonic()
         next_check = started + _PEER_CHECK_S
+        self.now = True
         while not request.Test():
             now = time.monotonic()
             waited = now - started
@@ -57,11 +60,13 @@ class Waiting:
                 os.sched_yield()
                 continue
             if patience_s is not None and waited > patience_s:
+                self.now = False
                 return False
             if now > next_check:
                 self._check_peers()
                 next_check = now + _PEER_CHECK_S
             time.sleep(min(_SHARE * waited, longest_s))
+        self.now = False
         return True
 
     def _check_peers(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedmpi.core import pulse
 from fedmpi.engines.single_step import SingleStepEngine
 
 
@@ -53,6 +54,7 @@ class EagerEngine:
             if self._momentum:
                 directions = [self._with_momentum(i, each) for i, each in zip(used, directions, strict=True)]
             torch._foreach_add_(params, directions, alpha=-self._lr)
+        pulse.beat()
         return loss.detach()
 
     def _with_momentum(self, i: int, direction: Tensor) -> Tensor:

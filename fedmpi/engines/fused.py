@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fedmpi.core import pulse
 from fedmpi.core.layout import needs_plain_layout
 from fedmpi.engines.single_step import SingleStepEngine, single_step_engine
 
@@ -253,10 +254,10 @@ class FusedEngine:
         """One pass over (N, ...) inputs and (N,) labels as they lie; returns each batch's mean loss before its step."""
         x, y = inputs.flatten(1) if self._flat else inputs, labels.unsqueeze(1)
         minus_one = x.new_full((batch_size, 1), -1)
-        log_p = [
-            self._stack(len(each)).step(each, its, minus_one[: len(each)])
-            for each, its in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
-        ]
+        log_p = []
+        for each, its in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+            log_p.append(self._stack(len(each)).step(each, its, minus_one[: len(each)]))
+            pulse.beat()
         losses = torch.cat(log_p).gather(1, y).neg_()
         full = len(y) - len(y) % batch_size
         means = losses[:full].view(-1, batch_size).mean(1)

@@ -21,7 +21,7 @@ import torch
 from fedmpi.config import RunConfig
 from fedmpi.core.checkpoint import Checkpoints
 from fedmpi.core.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError
-from fedmpi.core.files import atomic_write
+from fedmpi.core.files import atomic_write, remove_temps
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.lock import FileLock
 from fedmpi.core.messages import RoundRecord
@@ -110,14 +110,16 @@ class RunFolder:
         self._checkpoints.begin()
 
     def _put_aside(self) -> None:
-        """Into a folder of this second; an empty history is nothing to keep."""
-        held = [self.path / name for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG)]
-        if not any(path.exists() and path.stat().st_size for path in held[:3]):
+        """Into a folder of this second; a run that had kept nothing yet is no loss."""
+        history = self.path / HISTORY
+        kept = self.finished or self._checkpoints.names() or (history.exists() and history.stat().st_size)
+        if not kept:
             return
+        remove_temps(self._checkpoints.folder)
         aside = self.path / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
-        for path in held:
-            if path.exists():
-                _rename(path, aside / path.name)
+        for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG):
+            if (self.path / name).exists():
+                _rename(self.path / name, aside / name)
         logger.warning("%s: starting over; what was there is now in %s", self.path, aside.name)
 
     def on_round(self, record: RoundRecord) -> None:

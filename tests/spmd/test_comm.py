@@ -167,7 +167,7 @@ def test_a_fact_that_differs_names_ranks_and_values(net):
 
 def test_ranks_of_node_need_no_name(net, agree, monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "no_such-host")
-    agree(net.ranks_of_node() == list(range(net.size)), net.ranks_of_node())
+    agree(net.node == list(range(net.size)), net.node)
 
 
 def test_no_other_communicator_meets_our_messages(net, agree):

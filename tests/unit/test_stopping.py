@@ -235,3 +235,38 @@ def test_a_time_that_is_shorter_than_a_round_says_so(clock: Clock) -> None:
     assert between.stop_because() == (
         "not one round fits: a round takes about 50.0 s, 30.0 s are left of the time limit of Slurm job 5"
     )
+
+
+def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clock) -> None:
+    between = Boundary(deadline=Deadline(clock.now + 100, "--max-seconds 100"))
+    assert between.overdue(2.0) is None, "no round is under way"
+    assert between.stop_because() is None
+    clock.now += 97
+    assert between.overdue(2.0) is None
+    clock.now += 1.5
+    assert between.overdue(2.0) == (
+        "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: run again to go on"
+    )
+    between.after_round(1, 98.5, dict)
+    assert between.overdue(2.0) is None
+
+
+def test_a_round_that_is_not_late_is_left_alone_to_the_end(clock: Clock) -> None:
+    between = Boundary(deadline=Deadline(clock.now + 100, "x"))
+    run(between, clock, range(1), 49.5)
+    assert between.stop_because() is None
+    clock.now += 49
+    assert between.overdue(2.0) is None
+    clock.now += 2
+    late = between.overdue(2.0)
+    assert late is not None
+    assert late.startswith("a round takes longer than any before, more than 51.0 s, and x is over")
+
+
+def test_how_long_a_rank_may_take_to_answer(clock: Clock) -> None:
+    between = Boundary()
+    assert between.answers_within_s(10, 3) is None
+    between.expects(2.0, 4)
+    assert between.answers_within_s(10, 3) == 50
+    between.expects(0.5, 4)
+    assert between.answers_within_s(1, 3) == 30, "three times the longest client ever, for each client and once more"

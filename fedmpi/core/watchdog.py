@@ -1,0 +1,174 @@
+"""A thread of each rank that ends the job when a rank hangs, or when its time is over in the middle of a round.
+
+A rank hangs if its steps stand still while it is not waiting for others: its own thread sees that, and prints where the
+main thread is. A rank whose threads stand still too (stopped, or stuck in a system call that keeps Python's lock) shows
+nothing new on the node's board: the other ranks of the node see that. Of a rank that is alone on another node the
+server sees only that it does not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fedmpi.core import pulse
+from fedmpi.core.ending import end_all
+from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from fedmpi.core.boundary import Boundary
+    from fedmpi.core.comm import PackageProcessor
+
+_PATIENCE = 3.0
+"""A rank may be silent for this many times the longest silence after which it went on."""
+
+_LOOKS = 8  # in the time that a rank may be silent
+_ENDING_S = 2.0  # what it takes to end all ranks
+_STACK_S = 0.5  # until a rank that was asked for its stack has printed it
+
+
+class Silence:
+    """How long something has not changed, and how long it may."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """`timeout_s`: the least that is too long."""
+        self._timeout_s = timeout_s
+        self._longest_s = 0.0
+        self._seen: object = None
+        self._since: float | None = None
+
+    def look(self, value: object, now: float) -> float:
+        """Seconds for which `value` has not changed."""
+        if self._since is None or value != self._seen:
+            if self._since is not None:
+                self._longest_s = max(self._longest_s, now - self._since)
+            self._seen, self._since = value, now
+        return now - self._since
+
+    def forget(self) -> None:
+        """The time up to the next look does not count."""
+        self._since = None
+
+    @property
+    def limit_s(self) -> float:
+        """How long is too long."""
+        return max(self._timeout_s, _PATIENCE * self._longest_s)
+
+
+class Watchdog:
+    """`with Watchdog(...)` around the round loop."""
+
+    def __init__(self, net: PackageProcessor, timeout_s: float, boundary: Boundary | None = None) -> None:
+        """Watch this rank and its node.
+
+        Args:
+            net: this rank's end of the communicator.
+            timeout_s: seconds a rank may be silent; 0: for ever.
+            boundary: on the server, what knows of the job's time.
+        """
+        self._net = net
+        self._boundary = boundary
+        self._own = Silence(timeout_s)
+        self._others = {rank: Silence(timeout_s) for rank in net.node if rank != net.rank}
+        self._timeout_s = timeout_s
+        self._pause_s = min(1.0, timeout_s / _LOOKS) if timeout_s else 1.0
+        self._stop = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error, or no such signal here
+            faulthandler.register(signal.SIGUSR2, 2, all_threads=False)
+        self._show()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(AttributeError):
+            faulthandler.unregister(signal.SIGUSR2)
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        while not self._stop.wait(self._pause_s):
+            now = time.monotonic()
+            if now - before > 2 * self._pause_s + 1:  # this process itself was stopped, or had no core
+                for silence in (self._own, *self._others.values()):
+                    silence.forget()
+            before = now
+            self._show()
+            if self._boundary is not None:
+                self._check_time(self._boundary)
+            if self._timeout_s:
+                self._check_own(now)
+                self._check_node(now)
+            if self._timeout_s and self._boundary is not None:
+                self._check_far(self._boundary, now)
+
+    def _show(self) -> None:
+        self._net.board.show(f"{self._net.activity or 'starting'}, {pulse.steps()} steps so far")
+
+    def _check_own(self, now: float) -> None:
+        steps = pulse.steps()
+        silent_s = self._own.look(now if self._net.waits else (steps, self._net.activity), now)
+        if silent_s <= self._own.limit_s:
+            return
+        frame = sys._current_frames().get(self._main or 0)
+        stack = "".join(traceback.format_stack(frame)).rstrip()
+        self._end(
+            f"has made no progress for {silent_s:.0f} s, after {steps} steps (--stall-timeout). It is at\n{stack}"
+        )
+
+    def _check_node(self, now: float) -> None:
+        for rank, silence in self._others.items():
+            count, doing = self._net.board.read(rank)
+            silent_s = silence.look(count, now)
+            if silent_s > silence.limit_s:
+                pid = self._net.peers.get(rank)
+                self._end(
+                    f"rank {rank} (pid {pid or 'unknown'}) of this host has shown no sign of life for {silent_s:.0f} s"
+                    f" (--stall-timeout): {doing}; {_how_it_is(pid)}"
+                )
+
+    def _check_far(self, boundary: Boundary, now: float) -> None:
+        rank, since = self._net.waits_for
+        limit_s = boundary.answers_within_s(self._timeout_s, _PATIENCE)
+        if rank is not None and rank not in self._net.node and limit_s is not None and now - since > limit_s:
+            self._end(f"rank {rank} of another host has not answered for {now - since:.0f} s (--stall-timeout)")
+
+    def _check_time(self, boundary: Boundary) -> None:
+        reason = boundary.overdue(_ENDING_S)
+        if reason is not None:
+            self._end(reason, EXIT_STOPPED)
+
+    def _end(self, message: str, exit_code: int = EXIT_CRASH) -> None:
+        if not self._stop.is_set():
+            end_all(self._net, message, exit_code)
+
+
+def _how_it_is(pid: int | None) -> str:
+    """The state of a process of this host; prints its stack if it can still do that."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "its state is unknown"
+    if state in "Tt":
+        return "it is stopped (SIGSTOP, or a debugger)"
+    with contextlib.suppress(OSError):
+        os.kill(pid or 0, signal.SIGUSR2)
+        time.sleep(_STACK_S)
+    if state == "D":
+        return "it waits for a disk or a network file system"
+    return "it is running, in code that keeps Python's lock; where, its stack above says"

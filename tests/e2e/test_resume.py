@@ -1,0 +1,231 @@
+"""Killed anywhere, gone on with on any number of ranks: the same model, the same history, nothing doubled or lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from fedmpi.core.checkpoint import Checkpoints
+from tests.e2e.conftest import SMALL
+
+LONGER = [*SMALL, "--rounds", "6", "--checkpoint-every", "2"]
+NEVER = [*SMALL, "--rounds", "100000"]
+
+SERVER, TRAINER, ALL = "0", "1", "any"
+POINTS = [
+    # rank, where, which passage
+    (SERVER, "/fedmpi.core.checkpoint:write_state", 3),
+    (TRAINER, ">fedmpi.fedavg:FedAvgTrainer.train", 4),
+    (SERVER, ">fedmpi.report.run_folder:RunFolder.on_round", 5),
+    (ALL, "<fedmpi.core.collection:Collection.collect", 5),
+    (SERVER, "<fedmpi.report.run_folder:RunFolder.on_end", 1),
+    # the rest with .ci/long
+    (ALL, "<fedmpi.core.comm:PackageProcessor.bcast_order", 6),
+    (ALL, "<fedmpi.core.comm:PackageProcessor.bcast_vector", 7),
+    (ALL, ">fedmpi.core.comm:PackageProcessor.receive", 40),
+    (ALL, ">fedmpi.core.comm:PackageProcessor.bcast_vector", 8),
+    (TRAINER, "<fedmpi.fedavg:FedAvgTrainer.train", 5),
+    (TRAINER, ">fedmpi.engines.fused:FusedEngine.epoch", 3),
+    (ALL, "<fedmpi.core.collection:Collection._gather", 8),
+    (ALL, "<fedmpi.core.collection:Collection._sum_up", 3),
+    (ALL, ">fedmpi.core.collection:Collection.collect", 7),
+    (SERVER, "<fedmpi.core.handler:SyncParameterServerHandler.step", 4),
+    (SERVER, ">fedmpi.core.handler:SyncParameterServerHandler.step", 4),
+    (TRAINER, "<fedmpi.core.evaluate:Evaluator.evaluate", 3),
+    (TRAINER, ">fedmpi.core.evaluate:Evaluator.evaluate", 3),
+    (SERVER, "<fedmpi.report.history:History.on_round", 4),
+    (SERVER, "/pathlib:Path.open", 12),
+    (SERVER, "<fedmpi.core.checkpoint:Checkpoints.write", 3),
+    (SERVER, "<os:fsync", 4),
+    (SERVER, ">os:fsync", 5),
+    (SERVER, "<pathlib:Path.replace", 3),
+    (SERVER, ">pathlib:Path.replace", 3),
+    (SERVER, ">pathlib:Path.replace", 1),
+    (SERVER, "<pathlib:Path.unlink", 6),
+    (SERVER, ">fedmpi.core.checkpoint:sync_folder", 2),
+    (SERVER, ">fedmpi.core.checkpoint:Checkpoints._write", 3),
+    (SERVER, ">fedmpi.report.run_folder:RunFolder.begin", 1),
+    (SERVER, "/fedmpi.core.checkpoint:write_state", 1),
+    (SERVER, ">fedmpi.report.run_folder:RunFolder.on_end", 1),
+]
+
+
+_whole: dict[tuple[str, ...], tuple[str, list[dict[str, object]]]] = {}
+
+
+@pytest.fixture
+def whole(job):
+    """Model and history of a run in one piece, made once for all tests."""
+
+    def whole(*options):
+        if options not in _whole:
+            result = job(2, *options, name="whole")
+            assert result.code == 0, result.text
+            _whole[options] = result.bits(), result.history()
+        return _whole[options]
+
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("rank", "point", "nth"),
+    [pytest.param(*each, marks=[pytest.mark.slow] if i >= 5 else [], id=each[1]) for i, each in enumerate(POINTS)],
+)
+def test_killed_at_a_point_and_gone_on_with(job, whole, tmp_path, rank, point, nth):
+    dice = random.Random(f"{rank} {point} {nth}")
+    num_ranks, then = dice.choice([2, 3, 4]), dice.choice([1, 2, 3, 5])
+    rank = str(dice.randrange(num_ranks)) if rank == ALL else rank
+    words = ("-m", "tests.e2e.killer", rank, point, str(nth))
+    killed = job(num_ranks, *LONGER, "--run-dir", str(tmp_path / "run"), program=words)
+    assert killed.code not in (0, 2, 3, 75), killed.text
+    again = job(then, *LONGER)
+    assert again.code == 0, again.text
+    assert (again.bits(), again.history()) == whole(*LONGER)
+    assert not list(again.run_dir.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(start, job, whole):
+    """At random times, on random ranks, from the first second on."""
+    dice, options = random.Random(7), [*SMALL, "--rounds", "60", "--checkpoint-every", "1"]
+    for _ in range(8):
+        running = start(dice.choice([2, 3, 5]), *options)
+        time.sleep(dice.uniform(1, 6))
+        ranks = running.ranks()
+        if ranks:
+            os.kill(dice.choice(ranks), signal.SIGKILL)
+        if running.end(60).code == 0:
+            break
+    last = job(3, *options)
+    assert last.code == 0, last.text
+    assert (last.bits(), last.history()) == whole(*options)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("SIGUSR1", "rank 2"), ("SIGTERM", "rank 0"), ("SIGINT", "rank 1"), ("SIGUSR1", "launcher")]
+)
+def test_a_signal_stops_between_rounds_with_75_and_loses_nothing(start, job, whole, name, target):
+    running = start(3, *NEVER)
+    running.wait_for_round(2)
+    os.kill(running.process.pid if target == "launcher" else running.ranks()[int(target[-1])], signal.Signals[name])
+    stopped = running.end(30)
+    assert stopped.code == 75, stopped.text
+    done = len(stopped.history())
+    told = [line for line in stopped.err.splitlines() if name in line]
+    assert len(told) == 1, stopped.text
+    assert f"stopping after round {done}; run the same command again" in told[0]
+    assert Checkpoints(stopped.run_dir / "checkpoint").load()["server"]["handler"]["round_idx"] == done
+    assert not running.ranks()
+    options = [*SMALL, "--rounds", str(done + 1)]
+    again = job(2, *options)
+    assert again.code == 0, again.text
+    assert (again.bits(), again.history()) == whole(*options)
+
+
+def test_no_round_is_begun_that_would_not_end_before_max_seconds(job):
+    begun = time.monotonic()
+    stopped = job(2, *NEVER, "--max-seconds", "8")
+    assert stopped.code == 75, stopped.text
+    assert "are left of --max-seconds 8: stopping after round " in stopped.err
+    assert 4 < time.monotonic() - begun < 16
+    assert len(stopped.history()) > 2
+
+
+def test_a_finished_run_goes_on_with_more_rounds_and_not_with_fewer(job, whole):
+    first = job(2, *SMALL)
+    more = job(3, *SMALL, "--rounds", "5")
+    assert more.code == 0, more.text
+    assert (more.bits(), more.history()) == whole(*SMALL, "--rounds", "5")
+    assert (first.run_dir / "model-round-3.pt").exists()
+    fewer = job(3, *SMALL, "--rounds", "4")
+    assert fewer.code == 0
+    assert "has 5 rounds, --rounds asks for 4: nothing to do" in fewer.out
+    assert more.bits() == fewer.bits()
+
+
+def test_other_settings_are_refused_on_any_number_of_ranks(job):
+    job(2, *SMALL)
+    for changed in (["--client-lr", "0.5"], ["--seed", "1"], ["--num-clients", "50"], ["--model", "logistic"]):
+        refused = job(3, *SMALL, *changed)
+        assert refused.code == 2, refused.text
+        assert len(refused.errors) == 1
+        assert f"{changed[0]} " in refused.errors[0]
+        assert f"this one has {changed[1]}: name another, or --resume never to start over" in refused.errors[0]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(job, whole):
+    stopped = job(2, *LONGER, "--rounds", "4")
+    newest = max((stopped.run_dir / "checkpoint").iterdir())
+    content = newest.read_bytes()
+    newest.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    again = job(3, *LONGER)
+    assert again.code == 0, again.text
+    assert again.err.count("does not match its checksum") == 1
+    assert "going on from round-000002.ckpt" in again.err
+    assert (again.bits(), again.history()) == whole(*LONGER)
+    for path in (again.run_dir / "checkpoint").glob("*.ckpt"):
+        path.write_bytes(b"")
+    refused = job(3, *LONGER, "--rounds", "8")
+    assert refused.code == 2
+    assert len(refused.errors) == 1
+    assert "no checkpoint in" in refused.errors[0]
+    afresh = job(2, *LONGER, "--resume", "never")
+    assert afresh.code == 0, afresh.text
+    assert (afresh.bits(), afresh.history()) == whole(*LONGER)
+
+
+SERVER_WITH_MOMENTUM = """
+import dataclasses, sys, torch
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.fedavg import FEDAVG
+from fedmpi.launch import main
+
+class Momentum(SyncParameterServerHandler):
+    velocity = None
+    def step(self, mean_update):
+        self.velocity = mean_update.clone() if self.velocity is None else 0.9 * self.velocity + mean_update
+        super().step(self.velocity)
+    def state_dict(self):
+        return super().state_dict() | {"velocity": self.velocity}
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.velocity = None if state["velocity"] is None else torch.from_numpy(state["velocity"])
+
+def handler(model, config):
+    plain = FEDAVG.handler(model, config)
+    plain.__class__ = Momentum
+    return plain
+
+FEDAVGM = dataclasses.replace(FEDAVG, handler=handler)
+if __name__ == "__main__":
+    sys.exit(main("momentum:FEDAVGM"))
+"""
+
+
+def test_the_state_of_a_server_optimizer_is_restored(job, tmp_path):
+    (tmp_path / "momentum.py").write_text(SERVER_WITH_MOMENTUM)
+
+    def train(num_ranks, name, rounds):
+        options = [*SMALL, "--rounds", rounds, "--run-dir", str(tmp_path / name)]
+        done = job(num_ranks, *options, program=("-m", "momentum"), name=name)
+        assert done.code == 0, done.text
+        return done
+
+    one_piece = train(2, "one", "5")
+    train(3, "two", "2")
+    assert train(2, "two", "5").bits() == one_piece.bits()
+    plain = job(2, *SMALL, "--rounds", "5", name="plain")
+    assert plain.bits() != one_piece.bits()
+
+
+def test_model_and_checkpoints_hold_no_code(job):
+    stopped = job(1, *SMALL)
+    (newest,) = [path for path in (stopped.run_dir / "checkpoint").iterdir() if "000003" in path.name]
+    header = json.loads(newest.read_bytes().split(b"\n")[1])
+    assert header["state"]["server"]["handler"]["round_idx"] == 3
+    assert header["arrays"][0] == ["<f4", [199_210]]

@@ -1,0 +1,171 @@
+"""What counts as hanging: silence, longer than what was seen, of a rank that is not waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fedmpi.core import pulse, watchdog
+from fedmpi.core.board import NOBODY, Board, board_bytes
+from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
+from fedmpi.core.watchdog import Silence, Watchdog
+
+
+def test_silence_is_told_from_a_slow_rank_by_what_was_seen():
+    silence = Silence(10)
+    assert silence.look("a", 100) == 0
+    assert silence.look("a", 104) == 4
+    assert silence.limit_s == 10
+    assert silence.look("b", 108) == 0
+    assert silence.limit_s == 24, "it went on after 8 s: three times that is not too long"
+    assert silence.look("b", 132) == 24
+    silence.forget()
+    assert silence.look("b", 1000) == 0, "the process itself was stopped in between"
+    assert silence.limit_s == 24
+
+
+def test_a_board_shows_each_rank_what_the_others_do():
+    memory = np.full(board_bytes(3), 7, np.uint8)
+    boards = [Board(memory, [2, 5, 6], rank) for rank in (2, 5, 6)]
+    boards[0].clear()
+    assert boards[2].speaker[0] == NOBODY
+    assert boards[1].read(6) == (0, "")
+    boards[2].show("client 7, round 3")
+    boards[2].show("client 8, round 3, " + "ä" * 500)
+    count, text = boards[0].read(6)
+    assert count == 2
+    assert text.startswith("client 8, round 3, ää")
+    boards[2].show("idle")
+    assert boards[0].read(6) == (3, "idle")
+    assert boards[0].read(5) == (0, "")
+    boards[1].speaker[0] = 5
+    assert boards[2].speaker[0] == 5
+
+
+@pytest.fixture
+def net():
+    """Rank 1 of three on this host; rank 9 is on another."""
+    memory = np.zeros(board_bytes(3), np.uint8)
+    board = Board(memory, [0, 1, 2], 1)
+    board.clear()
+    said = []
+    return SimpleNamespace(
+        rank=1, node=[0, 1, 2], peers={}, board=board, activity="client 7, round 3", waits=False,
+        waits_for=(None, 0.0), said=said, others=[Board(memory, [0, 1, 2], rank) for rank in (0, 2)],
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def ends(monkeypatch):
+    """What the watchdog says instead of ending the test."""
+
+    def say(net, message, exit_code):
+        net.said.append((message, exit_code))
+
+    monkeypatch.setattr(watchdog, "end_all", say)
+
+
+def watched(net, seconds, each=lambda: None, timeout_s=0.4, boundary=None):
+    """What was said within some seconds in which `each` was called ever again."""
+    stop = threading.Event()
+
+    def alive():
+        while not stop.wait(0.02):
+            for other in net.others:
+                other.show("alive")
+
+    others = threading.Thread(target=alive)
+    others.start()
+    end = time.monotonic() + seconds
+    with Watchdog(net, timeout_s, boundary):
+        while time.monotonic() < end and not net.said:
+            each()
+            time.sleep(0.02)
+    stop.set()
+    others.join()
+    return net.said
+
+
+def test_a_rank_that_hangs_says_where(net):
+    ((message, code),) = watched(net, 20)[:1]
+    assert code == EXIT_CRASH
+    assert message.startswith("has made no progress for ")
+    assert f"after {pulse.steps()} steps" in message
+    assert "test_watchdog.py" in message
+    assert "in watched" in message
+
+
+@pytest.mark.parametrize("sign", ["steps", "activity", "waits"])
+def test_a_rank_that_works_or_waits_does_not_hang(net, sign):
+    def each():
+        if sign == "steps":
+            pulse.beat()
+        if sign == "activity":
+            net.activity += "."
+
+    net.waits = sign == "waits"
+    assert watched(net, 1.5, each) == []
+
+
+def test_a_timeout_of_0_is_for_ever(net):
+    assert watched(net, 1.5, timeout_s=0) == []
+
+
+def test_a_rank_of_this_host_without_a_sign_of_life_is_named(net):
+    net.waits = True
+    silent = net.others.pop()
+    silent.show("client 4, round 2, 17 steps so far")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        net.peers = {2: process.pid}
+        ((message, code),) = watched(net, 20)[:1]
+        process.kill()
+    assert code == EXIT_CRASH
+    assert message.startswith(f"rank 2 (pid {process.pid}) of this host has shown no sign of life for ")
+    assert message.endswith("client 4, round 2, 17 steps so far; it is stopped (SIGSTOP, or a debugger)")
+
+
+class Between:
+    """A boundary."""
+
+    over: str | None = None
+    limit_s: float | None = 0.3
+
+    def overdue(self, ending_s):
+        return self.over
+
+    def answers_within_s(self, timeout_s, patience):
+        return self.limit_s
+
+
+def test_a_rank_of_another_host_that_does_not_answer_is_named(net):
+    net.waits, net.waits_for = True, (9, time.monotonic())
+    ((message, code),) = watched(net, 20, boundary=Between())[:1]
+    assert code == EXIT_CRASH
+    assert message.startswith("rank 9 of another host has not answered for ")
+
+
+def test_nobody_is_named_before_any_client_has_answered(net):
+    between = Between()
+    between.limit_s = None
+    net.waits, net.waits_for = True, (9, time.monotonic() - 1000)
+    assert watched(net, 1.0, boundary=between) == []
+    net.waits_for = (2, time.monotonic() - 1000)
+    between.limit_s = 0.3
+    assert watched(net, 1.0, boundary=between) == [], "of this host: its own board tells"
+
+
+def test_a_round_that_outlives_the_jobs_time_ends_it_with_75(net):
+    between = Between()
+    net.waits = True
+    assert watched(net, 0.5, boundary=between) == []
+    between.over = "not one round fits"
+    assert watched(net, 20, boundary=between)[0] == ("not one round fits", EXIT_STOPPED)
