@@ -162,7 +162,7 @@ def test_an_endless_forward_is_noticed_and_shown(start):
     assert result.code == 1, result.text
     assert "rank 1, host " in result.err
     assert "round 0] has made no progress for " in result.err
-    assert "after 45 steps (--stall-timeout). It is at" in result.err
+    assert "steps (--stall-timeout). It is at\n" in result.err
     assert "in hang" in result.err, "its Python stack"
     assert result.err.count("has made no progress") == 1
     assert gone(running)
@@ -179,7 +179,7 @@ def test_a_client_that_takes_longer_than_the_timeout_is_no_stall(job):
 
 def test_a_good_run_ends_without_an_abort(start):
     for i in range(2):
-        running = start(4, *SMALL, name=f"run{i}")
+        running = start(3, *SMALL, name=f"run{i}")
         result = running.end()
         assert result.code == 0
         assert not any(word in result.text.lower() for word in ("abort", "bad termination", "traceback", "error"))

@@ -21,10 +21,10 @@ POINTS = [
     # rank, where, which passage
     (SERVER, "/fedmpi.core.checkpoint:write_state", 3),
     (TRAINER, ">fedmpi.fedavg:FedAvgTrainer.train", 4),
+    # the rest with .ci/long
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_round", 5),
     (ALL, "<fedmpi.core.collection:Collection.collect", 5),
     (SERVER, "<fedmpi.report.run_folder:RunFolder.on_end", 1),
-    # the rest with .ci/long
     (ALL, "<fedmpi.core.comm:PackageProcessor.bcast_order", 6),
     (ALL, "<fedmpi.core.comm:PackageProcessor.bcast_vector", 7),
     (ALL, ">fedmpi.core.comm:PackageProcessor.receive", 40),
@@ -74,7 +74,7 @@ def whole(job):
 
 @pytest.mark.parametrize(
     ("rank", "point", "nth"),
-    [pytest.param(*each, marks=[pytest.mark.slow] if i >= 5 else [], id=each[1]) for i, each in enumerate(POINTS)],
+    [pytest.param(*each, marks=[pytest.mark.slow] if i >= 2 else [], id=each[1]) for i, each in enumerate(POINTS)],
 )
 def test_killed_at_a_point_and_gone_on_with(job, whole, tmp_path, rank, point, nth):
     dice = random.Random(f"{rank} {point} {nth}")
@@ -107,7 +107,13 @@ def test_killed_again_and_again(start, job, whole):
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("SIGUSR1", "rank 2"), ("SIGTERM", "rank 0"), ("SIGINT", "rank 1"), ("SIGUSR1", "launcher")]
+    ("name", "target"),
+    [
+        ("SIGUSR1", "rank 2"),
+        ("SIGUSR1", "launcher"),
+        pytest.param("SIGTERM", "rank 0", marks=pytest.mark.slow),
+        pytest.param("SIGINT", "rank 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_between_rounds_with_75_and_loses_nothing(start, job, whole, name, target):
     running = start(3, *NEVER)
@@ -137,33 +143,31 @@ def test_no_round_is_begun_that_would_not_end_before_max_seconds(job):
 
 
 def test_a_finished_run_goes_on_with_more_rounds_and_not_with_fewer(job, whole):
-    first = job(2, *SMALL)
-    more = job(3, *SMALL, "--rounds", "5")
+    first = job(1, *SMALL)
+    more = job(2, *SMALL, "--rounds", "5")
     assert more.code == 0, more.text
     assert (more.bits(), more.history()) == whole(*SMALL, "--rounds", "5")
     assert (first.run_dir / "model-round-3.pt").exists()
-    fewer = job(3, *SMALL, "--rounds", "4")
+    fewer = job(1, *SMALL, "--rounds", "4")
     assert fewer.code == 0
     assert "has 5 rounds, --rounds asks for 4: nothing to do" in fewer.out
     assert more.bits() == fewer.bits()
 
 
-def test_other_settings_are_refused_on_any_number_of_ranks(job):
-    job(2, *SMALL)
-    for changed in (["--client-lr", "0.5"], ["--seed", "1"], ["--num-clients", "50"], ["--model", "logistic"]):
-        refused = job(3, *SMALL, *changed)
-        assert refused.code == 2, refused.text
-        assert len(refused.errors) == 1
-        assert f"{changed[0]} " in refused.errors[0]
-        assert f"this one has {changed[1]}: name another, or --resume never to start over" in refused.errors[0]
+def test_other_settings_are_refused_on_every_rank(job):
+    job(1, *SMALL)
+    refused = job(3, *SMALL, "--client-lr", "0.5")
+    assert refused.code == 2, refused.text
+    assert len(refused.errors) == 1
+    assert "--client-lr 0.1, this one has 0.5: name another, or --resume never to start over" in refused.errors[0]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(job, whole):
-    stopped = job(2, *LONGER, "--rounds", "4")
+    stopped = job(1, *LONGER, "--rounds", "4")
     newest = max((stopped.run_dir / "checkpoint").iterdir())
     content = newest.read_bytes()
     newest.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-    again = job(3, *LONGER)
+    again = job(2, *LONGER)
     assert again.code == 0, again.text
     assert again.err.count("does not match its checksum") == 1
     assert "going on from round-000002.ckpt" in again.err
@@ -174,7 +178,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(job, whole):
     assert refused.code == 2
     assert len(refused.errors) == 1
     assert "no checkpoint in" in refused.errors[0]
-    afresh = job(2, *LONGER, "--resume", "never")
+    afresh = job(1, *LONGER, "--resume", "never")
     assert afresh.code == 0, afresh.text
     assert (afresh.bits(), afresh.history()) == whole(*LONGER)
 
@@ -207,7 +211,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_state_of_a_server_optimizer_is_restored(job, tmp_path):
+def test_the_state_of_a_server_optimizer_is_restored(job, whole, tmp_path):
     (tmp_path / "momentum.py").write_text(SERVER_WITH_MOMENTUM)
 
     def train(num_ranks, name, rounds):
@@ -216,11 +220,10 @@ def test_the_state_of_a_server_optimizer_is_restored(job, tmp_path):
         assert done.code == 0, done.text
         return done
 
-    one_piece = train(2, "one", "5")
-    train(3, "two", "2")
-    assert train(2, "two", "5").bits() == one_piece.bits()
-    plain = job(2, *SMALL, "--rounds", "5", name="plain")
-    assert plain.bits() != one_piece.bits()
+    one_piece = train(1, "one", "5")
+    train(2, "two", "2")
+    assert train(1, "two", "5").bits() == one_piece.bits()
+    assert whole(*SMALL, "--rounds", "5")[0] != one_piece.bits(), "momentum makes a difference"
 
 
 def test_model_and_checkpoints_hold_no_code(job):
