@@ -30,6 +30,9 @@ class Keeper(Protocol):
     def finish(self) -> None:
         """Return once what was begun is kept."""
 
+    def note_stop(self, reason: str) -> None:
+        """Leave word that the job ends with code 75 in mid-round, for launchers that report the killed ranks instead."""
+
 
 class Boundary:
     """Knows when to keep a checkpoint and when to stop.
@@ -121,7 +124,10 @@ class Boundary:
         return self.longest_s + (self._keeper.longest_s if self._keeper else 0.0)
 
     def overdue(self, ending_s: float) -> str | None:
-        """From another thread: why to give up the round under way, `ending_s` before the end; None: go on with it."""
+        """From another thread: why to give up the round under way, `ending_s` before the end; None: go on with it.
+
+        The reason is noted beside the checkpoints.
+        """
         began = self._round_began
         if self.deadline is None or began is None or self.deadline.left_s() > ending_s:
             return None
@@ -129,7 +135,10 @@ class Boundary:
         if self._rounds and for_s <= self.needed_s():
             return None  # it will end in time
         what = "a round takes longer than any before" if self._rounds else "not one round fits: a round takes longer"
-        return f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: run again to go on"
+        reason = f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: run again to go on"
+        if self._keeper is not None:
+            self._keeper.note_stop(reason)
+        return reason
 
     def expects(self, longest_client_s: float, clients_a_rank: int) -> None:
         """The longest that a client has taken so far, and how many clients one rank may get in the round at hand."""

@@ -2,11 +2,12 @@
 
 runs/NAME/  config.yaml  history.jsonl  checkpoint/  model.pt  timeline.json (with --timeline)
 
-`model.pt` is there once the run is finished.
+`model.pt` is there once the run is finished; `stopped` if its time was over in the middle of a round.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -32,7 +33,7 @@ from fedmpi.report.same_run import description, refuse_other_run, warn_of_other_
 logger = logging.getLogger(__name__)
 
 CONFIG, HISTORY, MODEL, TIMELINE, LOCK = "config.yaml", "history.jsonl", "model.pt", "timeline.json", ".lock"
-CHECKPOINTS = "checkpoint"
+CHECKPOINTS, STOPPED = "checkpoint", "stopped"
 
 
 class RunFolder:
@@ -108,6 +109,7 @@ class RunFolder:
         atomic_write(self.path / CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), provenance).encode())
         self._history = History(history, num_bytes)
         self._checkpoints.begin()
+        (self.path / STOPPED).unlink(missing_ok=True)
 
     def _put_aside(self) -> None:
         """Into a folder of this second; a run that had kept nothing yet is no loss."""
@@ -149,6 +151,11 @@ class RunFolder:
     def finish(self) -> None:
         """Return once the checkpoint is on disk."""
         self._checkpoints.finish()
+
+    def note_stop(self, reason: str) -> None:
+        """In a file that slurm/fedavg.sbatch looks for."""
+        with contextlib.suppress(OSError):  # the job ends in any case
+            (self.path / STOPPED).write_text(reason + "\n", encoding="utf-8")
 
     def on_end(self, handler: SyncParameterServerHandler) -> None:
         """Write model.pt, a plain state dict on CPU."""

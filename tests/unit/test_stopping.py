@@ -147,6 +147,9 @@ class Disk:
     def finish(self) -> None:
         self.finished += 1
 
+    def note_stop(self, reason: str) -> None:
+        self.noted = reason
+
 
 class Clock:
     now = 1000.0
@@ -238,7 +241,8 @@ def test_a_time_that_is_shorter_than_a_round_says_so(clock: Clock) -> None:
 
 
 def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clock) -> None:
-    between = Boundary(deadline=Deadline(clock.now + 100, "--max-seconds 100"))
+    disk = Disk()
+    between = Boundary(disk, deadline=Deadline(clock.now + 100, "--max-seconds 100"))
     assert between.overdue(2.0) is None, "no round is under way"
     assert between.stop_because() is None
     clock.now += 97
@@ -247,6 +251,7 @@ def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clo
     assert between.overdue(2.0) == (
         "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: run again to go on"
     )
+    assert disk.noted == between.overdue(2.0)
     between.after_round(1, 98.5, dict)
     assert between.overdue(2.0) is None
 
