@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmpi.bench.start import launched_ranks, median_difference, seconds_to_round_0
-from fedmpi.core.errors import EXIT_DONE, ConfigError
+from fedmpi.core.ending import say_error
+from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE, ConfigError
 from fedmpi.core.files import atomic_write
 from fedmpi.core.launcher import speaks
 from fedmpi.data.sources import obtain
@@ -141,5 +142,18 @@ def _say(line: str, *values: object) -> None:
     logger.info(line, *values)
 
 
+def _main(argv: Sequence[str]) -> int:
+    """What is typed: the cases, or one of the programs that start jobs of their own."""
+    if argv[:1] != ["soak"]:
+        return main(argv)
+    from fedmpi.bench import soak
+
+    try:
+        return soak.main(argv[1:])
+    except ConfigError as error:
+        say_error(str(error))
+        return EXIT_MISTAKE
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(_main(sys.argv[1:]))

@@ -31,7 +31,7 @@ class Keeper(Protocol):
         """Return once what was begun is kept."""
 
     def note_stop(self, reason: str) -> None:
-        """Leave word that the job ends with code 75 in mid-round, for launchers that report the killed ranks instead."""
+        """Leave word that the job ends with 75 in mid-round: some launchers report the killed ranks instead."""
 
 
 class Boundary:

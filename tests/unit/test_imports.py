@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "fedmpi"
 ALLOWED = {
     # top floor: what is run
     "__main__": {"launch", "core"},
-    "bench": {"launch", "fedavg", "job", "config", "data", "core"},
+    "bench": {"launch", "fedavg", "job", "config", "data", "logs", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
     "launch": {"job", "config", "options", "data", "logs", "core"},
@@ -47,7 +47,7 @@ MEETS_MPI = {
     "launch",
 }
 TORCH = {
-    "bench.floor", "bench.machine", "bench.rounds", "bench.scale",
+    "bench.floor", "bench.machine", "bench.rounds", "bench.scale", "bench.soak",
     "core.aggregate", "core.checkpoint", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler",
     "core.layout", "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data",
     "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.single_step",
