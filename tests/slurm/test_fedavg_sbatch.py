@@ -161,12 +161,11 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., SlurmJob]]:
 
 
 @functools.cache
-def in_one_piece(rounds: int) -> str:
+def in_one_piece(*options: str) -> str:
     """Hash of the model of a run that nothing interrupts."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [*SMALL, "--rounds", str(rounds), "--run-dir", folder, "--quiet"]
         out = subprocess.run(
-            [sys.executable, "-m", "fedmpi.fedavg", *options],
+            [sys.executable, "-m", "fedmpi.fedavg", *SMALL, *options, "--run-dir", folder, "--quiet"],
             env={name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
             | {"PYTHONPATH": str(ROOT)},
             check=True, capture_output=True, text=True,
@@ -186,7 +185,7 @@ def test_srun_and_mpirun_train_the_same_model(tmp_path: Path, submit: Any) -> No
         banner = re.search(r"4 on \S+ \(2\), \S+ \(2\)", log)
         assert banner is not None, log
         assert "left of the time limit of Slurm job" in log
-        assert model_of(log) == in_one_piece(3)
+        assert model_of(log) == in_one_piece()
 
 
 @pytest.mark.slurm
@@ -224,20 +223,22 @@ def test_a_diverged_run_fails_the_job_with_3(submit: Any) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(tmp_path: Path, submit: Any, launcher: str) -> None:
     """A minute a leg, and no signal before its end: it is fedmpi that asks Slurm for the time that is left."""
-    options = [*SMALL, "--rounds", "900", "--run-dir", str(tmp_path / "run"), "--eval-every", "100"]
-    job = submit(*options, launcher=launcher, slurm=["--time=1", "--signal=B:USR1@0"])
-    code, log = job.ended(limit_s=600)
+    options = ["--rounds", "3000", "--cohort-size", "7", "--eval-every", "100"]
+    job = submit(
+        *SMALL, *options, "--run-dir", str(tmp_path / "run"), launcher=launcher,
+        slurm=["--time=1", "--signal=B:USR1@0"],
+    )  # fmt: skip
+    code, log = job.ended(limit_s=900)
     assert code == 0, log
     assert int(job.told()["Restarts"]) >= 1, "the machine was too fast for this test: more rounds"
     assert re.search(r"left of the time limit of Slurm job \d+: stopping after round \d+", log), log
     assert "requeued, leg 2" in log
-    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 900
-    whole = submit(*options[:-4], "--run-dir", str(tmp_path / "whole"), "--eval-every", "100").ended(600)
-    assert whole[0] == 0, whole[1]
-    assert model_of(log) == model_of(whole[1])
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3000
+    assert model_of(log) == in_one_piece(*options)
 
 
 @pytest.mark.slurm
@@ -265,7 +266,7 @@ def test_requeued_in_mid_run_it_goes_on(tmp_path: Path, submit: Any) -> None:
     assert code == 0, log
     assert job.told()["Restarts"] == "1"
     assert "going on after round" in log
-    assert model_of(log) == in_one_piece(400)
+    assert model_of(log) == in_one_piece("--rounds", "400")
 
 
 @pytest.mark.slurm
@@ -345,7 +346,7 @@ def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
     code, log = job.ended()
     assert code == 0, log
     assert "going on after round" in log
-    assert model_of(log) == in_one_piece(300)
+    assert model_of(log) == in_one_piece("--rounds", "300")
 
 
 @pytest.mark.slurm
