@@ -7,6 +7,7 @@ torch happens last, in `job`, so that `--help` and a wrong option need not wait 
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from fedmpi.config import RunConfig
 from fedmpi.core.ending import abort_on_crash, say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
 from fedmpi.core.launcher import missing_mpi_advice, speaks
-from fedmpi.core.stopping import Deadline, StopSignals, find_deadline, process_age_s
+from fedmpi.core.stopping import Deadline, StopSignals, earlier, process_age_s, slurm_deadline
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
 from fedmpi.logs import set_up_logging
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from fedmpi.core.comm import PackageProcessor
 
 T = TypeVar("T")
+
+_OPEN_FILES = 64
+"""A rank holds about 30."""
 
 
 def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:
@@ -51,13 +55,21 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
             config_class, words, f"python -m {module}", f"{module}: one federated training run as one MPI job"
         )
         _before_mpi(config)
-        return config, find_deadline(config.max_seconds, started, os.environ) if speaks() else None
+        return config, slurm_deadline(os.environ) if speaks() else None
 
     def job(net: PackageProcessor, prepared: tuple[RunConfig, Deadline | None]) -> int:
+        begun = time.monotonic()
         from fedmpi.job import run_job
 
-        config, deadline = prepared
+        config, slurm = prepared
         set_up_logging(net.rank, config)
+        own = (
+            Deadline(started + config.max_seconds, f"--max-seconds {config.max_seconds:g}")
+            if config.max_seconds
+            else None
+        )
+        # Slurm's limit is for the end of all processes, which takes no longer than to load them did
+        deadline = earlier(own, slurm.less(time.monotonic() - begun) if slurm else None)
         return run_job(net, algorithm, config, signals, deadline)
 
     return start(words, prepare, job)
@@ -121,6 +133,7 @@ def _leave(error: FedmpiError) -> int:
 
 def _before_mpi(config: RunConfig) -> None:
     """What must be known, or done, before MPI starts."""
+    _allow_open_files()
     check_partition_options(config)
     if config.ethernet is not None:
         names = [name for _, name in socket.if_nameindex()]
@@ -131,3 +144,12 @@ def _before_mpi(config: RunConfig) -> None:
         for variable in ("FI_TCP_IFACE", "FI_SOCKETS_IFACE", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include"):
             os.environ.setdefault(variable, config.ethernet)
     obtain(config.dataset, config.data_dir)
+
+
+def _allow_open_files() -> None:
+    """As many as a rank among many needs: MPI and Python fail in odd ways when they may open no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < _OPEN_FILES:
+        raise LaunchError(f"ulimit -n must be {_OPEN_FILES} or more (files that a process may open), got {hard}")
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, hard))

@@ -75,11 +75,10 @@ class Boundary:
         self._wanted = self._wanted or f"{name_of(signal_number)} on rank {rank}"
 
     def begin(self, round_idx: int, state: Callable[[], Mapping[str, Any]], resumed: bool) -> None:
-        """Before the first round: what was resumed is kept already."""
+        """Before the first round: what was resumed is kept already; else see now whether the state can be kept."""
         if resumed:
             self._kept_round = round_idx
-        else:
-            self.keep(round_idx, state)
+        self.keep(round_idx, state, wait=True)
 
     def after_round(self, round_idx: int, seconds: float, state: Callable[[], Mapping[str, Any]]) -> None:
         """`round_idx` rounds are done, the last took `seconds`: keep the state if it is time to."""

@@ -69,20 +69,21 @@ class Deadline:
         """Seconds until then."""
         return self.at - time.monotonic()
 
+    def less(self, seconds: float) -> Deadline:
+        """So much earlier."""
+        return Deadline(self.at - seconds, self.what)
 
-def find_deadline(max_seconds: float | None, started: float, environ: Mapping[str, str]) -> Deadline | None:
-    """The earlier of `max_seconds` after `started` and the end of the Slurm job that this process runs in.
 
-    Starts a child process if there is such a job, so call it before MPI starts.
-    """
-    found = []
-    if max_seconds is not None:
-        found.append(Deadline(started + max_seconds, f"--max-seconds {max_seconds:g}"))
+def slurm_deadline(environ: Mapping[str, str]) -> Deadline | None:
+    """The end of the Slurm job that this process runs in, if any. May start a child process: call it before MPI."""
     job = environ.get("SLURM_JOB_ID")
     left_s = slurm_seconds_left(job, environ) if job else None
-    if left_s is not None:
-        found.append(Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}"))
-    return min(found, key=lambda deadline: deadline.at, default=None)
+    return None if left_s is None else Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}")
+
+
+def earlier(*deadlines: Deadline | None) -> Deadline | None:
+    """The earliest of those that there are."""
+    return min((each for each in deadlines if each), key=lambda deadline: deadline.at, default=None)
 
 
 def slurm_seconds_left(job: str, environ: Mapping[str, str]) -> float | None:

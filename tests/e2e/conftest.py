@@ -102,10 +102,13 @@ class Result:
         """Lines by which fedmpi says what went wrong."""
         return [line for line in self.text.splitlines() if line.startswith("fedmpi: error:")]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The rounds as the history has them."""
+        return [json.loads(line) for line in (self.run_dir / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
     def history(self) -> list[dict[str, Any]]:
         """The rounds, timings apart."""
-        rows = [json.loads(line) for line in (self.run_dir / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-        return [{key: value for key, value in row.items() if key != "timings"} for row in rows]
+        return [{key: value for key, value in row.items() if key != "timings"} for row in self.rows()]
 
     def bits(self) -> str:
         """Hash of the final model, as a user would take it from model.pt."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from tests.e2e.conftest import SMALL
+from tests.e2e.conftest import SMALL, clean_environment, mpiexec
 
 
 def test_three_jobs_of_one_second_get_three_folders(start, tmp_path):
@@ -66,23 +68,56 @@ def test_a_run_folder_that_cannot_be_made(job, tmp_path):
     assert "--run-dir" in result.errors[0]
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "history.jsonl"])
-def test_a_full_disk_at_the_start(job, tmp_path, file):
-    """As the kernel says it: ENOSPC when the file's data are written."""
+@pytest.mark.parametrize(
+    ("file", "passages", "kept"),
+    [
+        ("config.yaml", 0, None),
+        pytest.param("history.jsonl", 0, None, marks=pytest.mark.slow),
+        ("history.jsonl", 4, 1),
+        ("round-000002.ckpt", 0, 1),
+        pytest.param("model.pt", 0, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk(job, tmp_path, file, passages, kept):
+    """As the kernel says it, ENOSPC when the file's data are written; what was kept is gone on with later."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import errno, io, os, pathlib\n"
-        "real = pathlib.Path.open\n"
+        "import errno, pathlib\n"
+        "real, passages = pathlib.Path.open, 0\n"
         "def full(self, *args, **kwargs):\n"
+        "    global passages\n"
         f"    if {file!r} in self.name and args and args[0] not in ('r', 'rb'):\n"
-        "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "        passages += 1\n"
+        f"        if passages > {passages}:\n"
+        "            raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "    return real(self, *args, **kwargs)\n"
         "pathlib.Path.open = full\n"
     )
-    result = job(3, *SMALL, env={"PYTHONPATH": str(tmp_path)})
+    options = [*SMALL, "--checkpoint-every", "1"]
+    result = job(3, *options, env={"PYTHONPATH": str(tmp_path)})
     assert result.code == 2, result.text
-    assert len(result.errors) == 1, result.text
-    assert "No space left on device" in result.errors[0]
-    assert file in result.errors[0]
+    assert result.text.count("No space left on device") == 1, result.text
+    assert "Traceback" not in result.text
+    (said,) = [line for line in result.err.splitlines() if "No space left on device" in line]
+    assert file in said
+    again = job(2, *options)
+    assert again.code == 0, again.text
+    assert (f"going on after round {kept} of" in again.out) == (kept is not None), again.text
+    assert again.bits() == job(1, *SMALL, name="whole").bits()
+
+
+@pytest.mark.slow
+def test_a_disk_of_two_megabytes(tmp_path, data_dir):
+    """A real one, in a mount namespace of its own: room for two checkpoints of the 2NN and not for a third."""
+    folder, options = tmp_path / "disk", " ".join([*SMALL, "--checkpoint-every", "1"])
+    folder.mkdir()
+    job = f"'{mpiexec()}' -n 2 '{sys.executable}' -m fedmpi.fedavg {options} --run-dir '{folder}/run'"
+    script = f"mount -t tmpfs -o size=2m none '{folder}' && {job}; code=$?; ls '{folder}/run/checkpoint'; exit $code"
+    words = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "bash", "-c", script]
+    env = clean_environment({"FEDMPI_DATA": str(data_dir)})
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "round-000002.ckpt cannot be written: No space left on device" in done.stderr
+    assert done.stdout.split()[-2:] == ["round-000000.ckpt", "round-000001.ckpt"]
 
 
 def test_a_data_folder_that_cannot_be_written_needs_no_writing(job, data_dir, tmp_path):

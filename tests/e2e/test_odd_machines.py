@@ -139,3 +139,43 @@ def test_host_names_that_nobody_can_resolve(job, name):
 def test_mpi_over_a_named_interface(job):
     result = job(2, *SMALL, "--ethernet", "lo")
     assert result.code == 0, result.text
+
+
+def test_a_home_that_cannot_be_written(job):
+    """Data sets and splits have no place then: they are made for this job alone, and that is said in a line."""
+    result = job(2, *SMALL, env={"HOME": "/proc/nobody", "FEDMPI_DATA": ""})
+    assert result.code == 0, result.text
+    assert "Traceback" not in result.text
+    assert "/proc/nobody" in result.err
+
+
+def test_a_clock_that_jumps_changes_nothing(job, tmp_path):
+    """A day back and a day ahead, in turns, on every look."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import itertools, time\n"
+        "real, jumps = time.time, itertools.cycle([-86400, 86400, 0])\n"
+        "time.time = lambda: real() + next(jumps)\n"
+    )
+    options = [*SMALL, "--checkpoint-every", "1", "--max-seconds", "100"]
+    result = job(3, *options, env={"PYTHONPATH": str(tmp_path)})
+    assert result.code == 0, result.text
+    assert all(0 <= row["timings"]["round_s"] < 60 for row in result.rows())
+    assert result.bits() == job(1, *SMALL, name="steady").bits()
+
+
+def test_too_few_open_files_are_said_before_mpi_starts(job):
+    limited = ("bash", "-c", 'ulimit -n 40; exec "$@"', "job", mpiexec(), "-n", "2")
+    result = job(2, *SMALL, launcher=limited)
+    assert result.code == 2, result.text
+    assert result.errors == ["fedmpi: error: ulimit -n must be 64 or more (files that a process may open), got 40"]
+
+
+@pytest.mark.slow
+def test_shared_memory_of_a_container(tmp_path, data_dir):
+    """64 MB of /dev/shm, in a mount namespace of its own."""
+    job = f"'{mpiexec()}' -n 4 '{sys.executable}' -m fedmpi.fedavg {' '.join(SMALL)} --run-dir '{tmp_path}/run'"
+    script = f"mount -t tmpfs -o size=64m none /dev/shm && {job}"
+    words = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "bash", "-c", script]
+    env = clean_environment({"FEDMPI_DATA": str(data_dir)})
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

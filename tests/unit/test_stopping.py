@@ -17,9 +17,10 @@ from fedmpi.core.boundary import Boundary
 from fedmpi.core.stopping import (
     Deadline,
     StopSignals,
-    find_deadline,
+    earlier,
     parse_slurm_time,
     process_age_s,
+    slurm_deadline,
     slurm_seconds_left,
 )
 
@@ -83,20 +84,24 @@ def test_slurm_is_asked_for_the_time_that_is_left(tmp_path: Path, monkeypatch: p
     environ = squeue(tmp_path, 'case "$*" in *--jobs=17*--format=%L*) echo " 1:40" ;; *) exit 1 ;; esac')
     monkeypatch.setenv("PATH", environ["PATH"])
     assert slurm_seconds_left("17", environ) == 100
-    found = find_deadline(None, time.monotonic(), environ)
+    found = slurm_deadline(environ)
     assert found is not None
     assert found.what == "the time limit of Slurm job 17"
     assert 95 < found.left_s() <= 100
-    sooner = find_deadline(60, time.monotonic() - 20, environ)
-    assert sooner is not None
-    assert sooner.what == "--max-seconds 60"
-    assert 35 < sooner.left_s() <= 40
+    assert 85 < found.less(10).left_s() <= 90
+
+
+def test_the_earlier_of_two_deadlines_counts() -> None:
+    one, two = Deadline(100, "one"), Deadline(200, "two")
+    assert earlier(two, one) == one
+    assert earlier(None, two) == two
+    assert earlier(None, None) is None
 
 
 def test_a_job_that_is_over_left_its_number_in_this_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environ = squeue(tmp_path, "exit 0") | {"SLURM_JOB_END_TIME": str(time.time() + 5)}
     monkeypatch.setenv("PATH", environ["PATH"])
-    assert find_deadline(None, 0, environ) is None
+    assert slurm_deadline(environ) is None
 
 
 @pytest.mark.parametrize("body", ["exit 1", "exec sleep 30", None])
@@ -107,7 +112,7 @@ def test_where_slurm_does_not_answer_the_environment_does(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if body and "sleep" in body else str(tmp_path))
     environ["PATH"] = os.environ["PATH"]
     monkeypatch.setattr(stopping, "_SLURM_ANSWERS_S", 0.5)
-    assert find_deadline(None, 0, environ) is None
+    assert slurm_deadline(environ) is None
     left = slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
     assert left is not None
     assert 95 < left <= 100
@@ -117,7 +122,7 @@ def test_where_slurm_does_not_answer_the_environment_does(
 def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squeue(tmp_path, f"touch {tmp_path}/asked; echo 0:10")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert find_deadline(None, 0, {"PATH": os.environ["PATH"]}) is None
+    assert slurm_deadline({"PATH": os.environ["PATH"]}) is None
     assert not (tmp_path / "asked").exists()
 
 
@@ -183,7 +188,7 @@ def test_every_nth_round_and_the_last_is_kept_once(clock: Clock) -> None:
     run(between, clock, range(6), 1.0)
     between.keep(6, lambda: {"rounds": 6}, wait=True)
     assert disk.kept == [0, 3, 6]
-    assert disk.finished == 1
+    assert disk.finished == 2, "at the beginning and at the end it waits for the disk"
 
 
 def test_by_time_it_is_once_a_minute_and_not_while_one_is_written(clock: Clock) -> None:
@@ -252,7 +257,7 @@ def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clo
         "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: run again to go on"
     )
     assert disk.noted == between.overdue(2.0)
-    between.after_round(1, 98.5, dict)
+    between.after_round(1, 98.5, lambda: {"rounds": 1})
     assert between.overdue(2.0) is None
 
 
