@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +20,6 @@ from fedmpi.config import RunConfig
 from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.comm import PackageProcessor, library_version
-from fedmpi.core.cores import (
-    affinity,
-    cgroup_quota,
-    cores_of_node,
-    oversubscription_warning,
-    slurm_allocation,
-    threads_per_trainer,
-)
-from fedmpi.core.device import (
-    capability,
-    local_trainer_index,
-    open_device,
-    pick_device,
-    trainers_sharing,
-    visible_gpus,
-)
 from fedmpi.core.ending import say
 from fedmpi.core.errors import EXIT_DONE
 from fedmpi.core.evaluate import Evaluator
@@ -56,6 +39,7 @@ from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import map_split
 from fedmpi.logs import SUMMARY
+from fedmpi.machine import find_machine
 from fedmpi.models import build_model
 from fedmpi.options import result_hash
 from fedmpi.report.banner import banner
@@ -78,23 +62,6 @@ class Algorithm:
     name: str
     trainer: Callable[[torch.nn.Module, ClientData, Any, torch.device], ClientTrainer]
     handler: Callable[[torch.nn.Module, Any], SyncParameterServerHandler]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a job runs.
-
-    Attributes:
-        device: this rank's.
-        threads: CPU threads of every trainer.
-        places: (host, device, capability) by rank.
-        warning: one line if this node's ranks want more cores than they have; on its first rank only.
-    """
-
-    device: torch.device
-    threads: int
-    places: list[tuple[str, str, str]]
-    warning: str | None
 
 
 @dataclass(frozen=True)
@@ -212,29 +179,6 @@ def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None,
     else:
         return False
     return True
-
-
-def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
-    """Collective. This rank's device, opened, and everybody's for the banner."""
-    node = net.node
-    host = socket.gethostname()
-    where = f"rank {net.rank} on {host}"
-    masks = net.on_every_rank(affinity())
-    cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
-    threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
-    net.share_cores(len(node), cores)
-    warning = oversubscription_warning(cores, len(node), threads)
-
-    def open_own() -> torch.device:
-        if net.is_server and net.size > 1:
-            return open_device("cpu", threads)
-        visible = visible_gpus() if config.device != "cpu" else 0
-        name = pick_device(config.device, local_trainer_index(node, net.rank), visible, where)
-        return open_device(name, threads, trainers_sharing(node, net.rank, max(1, visible)), where)
-
-    device = net.on_all(open_own)
-    places = net.on_every_rank((host, str(device), capability(device)))
-    return Machine(device, threads, places, warning if net.rank == node[0] else None)
 
 
 def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:

@@ -18,7 +18,8 @@ from fedmpi.core.vector import SerializationTool
 from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
 from fedmpi.fedavg import FEDAVG
-from fedmpi.job import build_halves, build_manager, find_machine, initial_model, share_partition
+from fedmpi.job import build_halves, build_manager, initial_model, share_partition
+from fedmpi.machine import find_machine
 
 FLOOR_RANKS = (1, 2)
 

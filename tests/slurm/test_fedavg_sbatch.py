@@ -227,7 +227,7 @@ def test_a_diverged_run_fails_the_job_with_3(submit: Any) -> None:
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(tmp_path: Path, submit: Any, launcher: str) -> None:
     """A minute a leg, and no signal before its end: it is fedmpi that asks Slurm for the time that is left."""
-    options = ["--rounds", "3000", "--cohort-size", "7", "--eval-every", "100"]
+    options = ["--rounds", "1600", "--cohort-size", "7", "--eval-every", "100"]
     job = submit(
         *SMALL, *options, "--run-dir", str(tmp_path / "run"), launcher=launcher,
         slurm=["--time=1", "--signal=B:USR1@0"],
@@ -237,7 +237,7 @@ def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(tmp_path: Path, 
     assert int(job.told()["Restarts"]) >= 1, "the machine was too fast for this test: more rounds"
     assert re.search(r"left of the time limit of Slurm job \d+: stopping after round \d+", log), log
     assert "requeued, leg 2" in log
-    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3000
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1600
     assert model_of(log) == in_one_piece(*options)
 
 

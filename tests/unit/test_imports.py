@@ -15,11 +15,12 @@ PACKAGE = Path(__file__).parents[2] / "fedmpi"
 ALLOWED = {
     # top floor: what is run
     "__main__": {"launch", "core"},
-    "bench": {"launch", "fedavg", "job", "config", "data", "logs", "core"},
+    "bench": {"launch", "fedavg", "job", "machine", "config", "data", "logs", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
     "launch": {"job", "config", "options", "data", "logs", "core"},
-    "job": {"config", "options", "data", "models", "report", "logs", "core", "__init__"},
+    "job": {"config", "options", "data", "models", "report", "logs", "machine", "core", "__init__"},
+    "machine": {"config", "core"},
     # rooms beside each other
     "report": {"config", "options", "data", "core"},
     "data": {"config", "options", "core"},
@@ -45,13 +46,14 @@ MEETS_MPI = {
     "core.server_manager",
     "job",
     "launch",
+    "machine",
 }
 TORCH = {
     "bench.floor", "bench.machine", "bench.rounds", "bench.scale", "bench.soak",
     "core.aggregate", "core.checkpoint", "core.client_manager", "core.evaluate", "core.exactsum", "core.handler",
     "core.layout", "core.manager", "core.server_manager", "core.trainer", "core.vector", "data.client_data",
     "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.single_step",
-    "fedavg", "job", "models", "models.cnn", "models.mlp", "report.run_folder",
+    "fedavg", "job", "machine", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip
 
 
@@ -163,6 +165,7 @@ def test_mpi_and_torch_do_not_meet_below_the_managers() -> None:
         "core.manager",
         "core.server_manager",
         "job",
+        "machine",
         "bench.machine",
         "bench.rounds",
         "bench.scale",
