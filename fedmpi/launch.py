@@ -107,11 +107,11 @@ def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Package
     except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
         if "mpi" not in str(error).lower():
             raise
-        return _leave(mistake or LaunchError(missing_mpi_advice()))
+        return leave(mistake or LaunchError(missing_mpi_advice()))
     try:
         net = PackageProcessor()
     except LaunchError as error:
-        return _leave(mistake or error)
+        return leave(mistake or error)
     set_up_logging(net.rank, None)
     with abort_on_crash(net):
         net.agree(mistake)
@@ -120,7 +120,7 @@ def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Package
     raise AssertionError("abort_on_crash does not return after a crash")
 
 
-def _leave(error: FedmpiError) -> int:
+def leave(error: FedmpiError) -> int:
     """Without MPI to tell ranks apart, one process speaks and the rest go quietly.
 
     They leave with 0, because a launcher ends the job at the first other code, perhaps before the speaker spoke.

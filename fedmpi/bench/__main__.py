@@ -9,15 +9,15 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from fedmpi.bench.parser import Parser
 from fedmpi.bench.start import launched_ranks, median_difference, seconds_to_round_0
-from fedmpi.core.ending import say_error
-from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE, ConfigError
+from fedmpi.core.errors import EXIT_DONE, ConfigError
 from fedmpi.core.files import atomic_write
 from fedmpi.core.launcher import speaks
 from fedmpi.data.sources import obtain
-from fedmpi.launch import start
+from fedmpi.launch import leave, start
 
 if TYPE_CHECKING:
     from fedmpi.core.comm import PackageProcessor
@@ -31,14 +31,9 @@ SCALE = "scale"
 """The case without training: what rounds cost against clients, vector length and ranks."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see python -m fedmpi.bench --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Collective. Returns the exit code."""
-    parser = _Parser(prog="python -m fedmpi.bench", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m fedmpi.bench", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"of {', '.join(TARGETS)} (default: all of them), or {SCALE}"
     )
@@ -151,8 +146,7 @@ def _main(argv: Sequence[str]) -> int:
     try:
         return soak.main(argv[1:])
     except ConfigError as error:
-        say_error(str(error))
-        return EXIT_MISTAKE
+        return leave(error)
 
 
 if __name__ == "__main__":

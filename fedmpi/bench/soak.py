@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from fedmpi.bench.parser import Parser
 from fedmpi.core.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
 from fedmpi.core.launcher import announced
 from fedmpi.core.vector import vector_hash
@@ -61,7 +62,7 @@ class Outcome:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fedmpi.bench soak", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m fedmpi.bench soak", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=2000, help="of each run (default: 2000)")
     parser.add_argument("--ranks", type=int, default=5, help="of each job (default: 5)")
     parser.add_argument("--kills", type=int, default=12, help="times that the run is interrupted (default: 12)")

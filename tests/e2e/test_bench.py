@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_overheads_against_clients_and_vector_length(job, tmp_path):
         (3, "--pairs 0", "--pairs must be 1 or more, got 0"),
         (3, "--pair 3", "unrecognized arguments"),
         (2, "2nn --starts 0", "mpirun -n 3"),
+        (2, "soak", "bench soak starts its own jobs: call it without mpirun"),
     ],
 )
 def test_a_mistake_is_one_line(job, num_ranks, args, said):
@@ -48,3 +50,13 @@ def test_a_mistake_is_one_line(job, num_ranks, args, said):
     assert result.code == 2, result.text
     assert len(result.errors) == 1
     assert said in result.errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_soak_comes_to_the_same_end(job):
+    result = job(1, *"soak --rounds 600 --ranks 3 --kills 5".split(), program=BENCH, launcher=(), limit_s=1000)
+    assert result.code == 0, result.text
+    models = re.findall(r"model ([0-9a-f]{16})", result.out)
+    assert len(models) == 2
+    assert models[0] == models[1]

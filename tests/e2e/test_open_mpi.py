@@ -26,7 +26,7 @@ def other(tmp_path_factory) -> Path:
     return folder / "bin"
 
 
-@pytest.mark.parametrize("table", ["test_ends.py", "test_one_result.py", "test_page_script.py"])
+@pytest.mark.parametrize("table", ["test_ends.py", "test_resume.py", "test_one_result.py", "test_page_script.py"])
 def test_the_table_holds_under_open_mpi(other, table):
     words = [other / "python", "-m", "pytest", "-q", "-rf", f"tests/e2e/{table}"]
     done = subprocess.run(words, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, check=False)
