@@ -24,6 +24,10 @@ class Keeper(Protocol):
     def longest_s(self) -> float:
         """The longest that writing has taken."""
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What to type for a job that goes on from what is kept."""
+
     def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
         """Begin to keep `state`, as of now, after `round_idx` rounds."""
 
@@ -104,6 +108,11 @@ class Boundary:
         if wait:
             self._keeper.finish()
 
+    @property
+    def how_to_go_on(self) -> str:
+        """For the user, when a job is stopped."""
+        return self._keeper.how_to_go_on if self._keeper else "nothing was kept"
+
     def stop_because(self) -> str | None:
         """Why there is to be no other round now; None: go on."""
         if self._signals is not None and self._signals.received:
@@ -134,7 +143,7 @@ class Boundary:
         if self._rounds and for_s <= self.needed_s():
             return None  # it will end in time
         what = "a round takes longer than any before" if self._rounds else "not one round fits: a round takes longer"
-        reason = f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: run again to go on"
+        reason = f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: {self.how_to_go_on}"
         if self._keeper is not None:
             self._keeper.note_stop(reason)
         return reason

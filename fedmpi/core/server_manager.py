@@ -164,7 +164,7 @@ class ServerManager(NetworkManager):
     def _stop_early(self, reason: str) -> Order:
         self.boundary.keep(self.handler.round_idx, self.state_dict, wait=True)
         done = self.handler.round_idx
-        logger.warning("%s: stopping after round %d; run the same command again to go on", reason, done)
+        logger.warning("%s: stopping after round %d; %s", reason, done, self.boundary.how_to_go_on)
         return Order(MessageCode.EXIT, exit_code=EXIT_STOPPED)
 
     def downlink(self) -> NDArray[np.float32]:

@@ -138,6 +138,11 @@ class RunFolder:
         """The longest that writing a checkpoint has taken."""
         return self._checkpoints.longest_s
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What to type."""
+        return f"to go on, run the same command with --run-dir {self.path}"
+
     def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint; it is complete only once the history up to it is on disk."""
         whole = {

@@ -124,7 +124,8 @@ def test_a_signal_stops_between_rounds_with_75_and_loses_nothing(start, job, who
     done = len(stopped.history())
     told = [line for line in stopped.err.splitlines() if name in line]
     assert len(told) == 1, stopped.text
-    assert f"stopping after round {done}; run the same command again" in told[0]
+    how = f"to go on, run the same command with --run-dir {stopped.run_dir}"
+    assert told[0].endswith(f"stopping after round {done}; {how}")
     assert Checkpoints(stopped.run_dir / "checkpoint").load()["server"]["handler"]["round_idx"] == done
     assert not running.ranks()
     options = [*SMALL, "--rounds", str(done + 1)]

@@ -140,6 +140,7 @@ class Disk:
 
     busy = False
     longest_s = 0.0
+    how_to_go_on = "run it again"
 
     def __init__(self) -> None:
         self.kept: list[int] = []
@@ -254,7 +255,7 @@ def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clo
     assert between.overdue(2.0) is None
     clock.now += 1.5
     assert between.overdue(2.0) == (
-        "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: run again to go on"
+        "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: run it again"
     )
     assert disk.noted == between.overdue(2.0)
     between.after_round(1, 98.5, lambda: {"rounds": 1})
@@ -270,7 +271,7 @@ def test_a_round_that_is_not_late_is_left_alone_to_the_end(clock: Clock) -> None
     clock.now += 2
     late = between.overdue(2.0)
     assert late is not None
-    assert late.startswith("a round takes longer than any before, more than 51.0 s, and x is over")
+    assert late.startswith("a round takes longer than any before, more than 51.0 s, and x is over: nothing was kept")
 
 
 def test_how_long_a_rank_may_take_to_answer(clock: Clock) -> None:
