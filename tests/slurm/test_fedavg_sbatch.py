@@ -324,7 +324,8 @@ def test_a_time_too_short_for_a_round_is_not_tried_for_ever(tmp_path: Path, subm
         "    def forward(self, x):\n        time.sleep(1.0 * self.training)\n        return self.layer(x.flatten(1))\n"
         "net = lambda shape, classes: Net()\n"
     )
-    job = submit(*SMALL, "--model", "sleepy:net", "--max-seconds", "25", injected=tmp_path)
+    options = ["--model", "sleepy:net", "--local-epochs", "10", "--max-seconds", "25"]
+    job = submit(*SMALL, *options, injected=tmp_path)
     code, log = job.ended()
     assert code == 75, log
     assert "not one round fits: a round takes longer, more than" in log
@@ -342,7 +343,9 @@ def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
     node = ask("scontrol", "show", "hostnames", job.told()["NodeList"]).split()[-1]
     ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     time.sleep(3)
-    ask("scontrol", "update", f"nodename={node}", "state=resume")
+    while "DOWN" in ask("scontrol", "show", "node", node):  # until its last processes are gone, Slurm says no
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
+        time.sleep(1)
     code, log = job.ended()
     assert code == 0, log
     assert "going on after round" in log
@@ -353,7 +356,7 @@ def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
 def test_a_sweep_runs_each_line_once(tmp_path: Path, submit: Any) -> None:
     (tmp_path / "grid.txt").write_text("--seed 0  # first\n\n# nothing\n--seed 1 --client-lr 0.05\n")
     variables = {"FEDAVG": str(SCRIPT), "SWEEP_DIR": str(tmp_path / "sweep")}
-    script, array = SCRIPT.with_name("sweep.sbatch"), ["--array=1-2", f"--output={tmp_path}/sweep-%a.log"]
+    script, array = SCRIPT.with_name("sweep.sbatch"), ["--array=1-2%1", f"--output={tmp_path}/sweep-%a.log"]
     for expected in ("done: 3 rounds", "is finished: nothing to do"):
         job = submit("grid.txt", *SMALL, script=script, slurm=array, **variables)
         for task in (1, 2):
