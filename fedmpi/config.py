@@ -87,9 +87,6 @@ class RunConfig(DataConfig):
         " dynamic within one node)", "Machine", result=False,
     )  # fmt: skip
     ethernet: str | None = option(None, "network interface MPI uses between nodes, e.g. eth0", "Machine", result=False)
-    run_dir: str | None = option(
-        None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
-    )
     checkpoint_every: int | None = option(
         None, "write a checkpoint after every Nth round, and at the end (default: about once a minute)", "Survival",
         "[1, inf)", result=False,
@@ -106,6 +103,9 @@ class RunConfig(DataConfig):
         600.0, "seconds a rank may do nothing before the job ends with code 1; at least three times the longest step"
         " seen; 0: never", "Survival", "[0, inf)", result=False,
     )  # fmt: skip
+    run_dir: str | None = option(
+        None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
+    )
     cuda_aware: bool = option(
         False, "MPI writes the model straight to a trainer's GPU (only where the MPI library can)", "Machine",
         result=False,

@@ -50,6 +50,10 @@ OPTIONS: list[tuple[str, Any, Any, Any]] = [
     ("threads", 1, 2, "auto"),
     ("schedule", "auto", "dynamic", "static"),
     ("ethernet", None, "eth0", "ib0"),
+    ("checkpoint_every", None, 5, 10),
+    ("resume", "auto", "never", "auto"),
+    ("max_seconds", None, 60.0, 3600.0),
+    ("stall_timeout", 600.0, 0.0, 30.0),
     ("run_dir", None, "runs/a", "runs/b"),
 ]
 SWITCHES = ["cuda_aware", "timeline", "quiet", "verbose"]
@@ -62,6 +66,10 @@ MACHINE = {
     "cuda_aware",
     "ethernet",
     "run_dir",
+    "checkpoint_every",
+    "resume",
+    "max_seconds",
+    "stall_timeout",
     "timeline",
     "quiet",
     "verbose",
@@ -338,7 +346,7 @@ def test_help_lists_every_option_in_groups_with_its_default(capsys: pytest.Captu
     text = capsys.readouterr().out
     assert text.startswith("usage: prog [OPTION ...]\n\nwhat it is\n")
     assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
-        "options:", "Data:", "Local training:", "Federation:", "Machine:", "Output:",
+        "options:", "Data:", "Local training:", "Federation:", "Machine:", "Survival:", "Output:",
     ]  # fmt: skip
     squeezed = " ".join(text.split())
     for f in dataclasses.fields(RunConfig):
