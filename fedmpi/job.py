@@ -137,8 +137,7 @@ def run_job(
         observers = [each for each in (folder, progress) if each]
         boundary = Boundary(folder, config.checkpoint_every, signals, deadline)
         manager = net.on_all(lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals))
-        if isinstance(manager, ServerManager) and folder is not None and folder.stored is not None:
-            manager.load_state_dict(folder.stored["server"])
+        net.on_root(lambda: resume(folder, manager))
         if machine.warning:
             logger.warning("%s", machine.warning)
         if halves.handler is not None and folder is not None:
@@ -170,7 +169,8 @@ def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None,
     """On the server: whether the run in the folder has all the rounds that are asked for; says so."""
     if folder.stored is None or handler is None:
         return False
-    handler.load_state_dict(folder.stored["server"]["handler"])
+    with folder.fits():
+        handler.load_state_dict(folder.stored["server"]["handler"])
     done = handler.round_idx
     if done > rounds:
         logger.info("%s has %d rounds, --rounds asks for %d: nothing to do", folder.path, done, rounds)
@@ -179,6 +179,13 @@ def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None,
     else:
         return False
     return True
+
+
+def resume(folder: RunFolder | None, manager: NetworkManager) -> None:
+    """On the server: go on from what the folder holds, if anything."""
+    if isinstance(manager, ServerManager) and folder is not None and folder.stored is not None:
+        with folder.fits():
+            manager.load_state_dict(folder.stored["server"])
 
 
 def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:

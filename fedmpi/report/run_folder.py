@@ -13,7 +13,7 @@ import io
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,25 @@ class RunFolder:
                 " to start over"
             )
         if stored is not None:
-            refuse_other_run(self.path, stored["run"], self._what)
-            check_history(self.path / HISTORY, stored["history_bytes"], stored["server"]["handler"]["round_idx"])
+            with self.fits():
+                refuse_other_run(self.path, stored["run"], self._what)
+                check_history(self.path / HISTORY, stored["history_bytes"], stored["server"]["handler"]["round_idx"])
         return stored
+
+    @contextlib.contextmanager
+    def fits(self) -> Iterator[None]:
+        """Around what takes the checkpoint apart: it is whole, but may be of another algorithm or another's making.
+
+        Raises:
+            CheckpointError: a part is missing, or of another kind.
+        """
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.path}: its checkpoint is not one of this program ({type(error).__name__}: {error});"
+                " --resume never starts over"
+            ) from error
 
     @property
     def finished(self) -> bool:

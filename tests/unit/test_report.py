@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 
 from fedmpi.config import RunConfig
+from fedmpi.core.checkpoint import snapshot, write_state
 from fedmpi.core.errors import CheckpointError, ConfigError, FilesystemError
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.messages import RoundRecord
@@ -393,6 +394,19 @@ def test_going_on_by_other_means_is_said_in_a_line(
         "this run began with torch 2.4, now 2.5; capability AVX2, now AVX2, AVX512: its last bits may differ from those"
         " of a run of one piece"
     ]
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"run": {}}, {"run": 3}, {"run": {"options": {}, "data": {}}}, {"history_bytes": "x"}]
+)
+def test_a_whole_checkpoint_of_something_else_is_refused(folders: Any, tmp_path: Path, state: dict[str, Any]) -> None:
+    config = RunConfig(run_dir=str(tmp_path / "run"))
+    train(folders(config), config, finish=False)
+    with (tmp_path / "run" / "checkpoint" / "round-000001.ckpt").open("wb") as file:
+        write_state(file, snapshot(state))
+    with pytest.raises((CheckpointError, ConfigError), match=r"is not one of this program|holds a run with"):
+        folders(config)
+    folders(dataclasses.replace(config, resume="never")).close()
 
 
 def test_resume_must_wants_something_to_go_on_from(folders: Any, tmp_path: Path) -> None:
