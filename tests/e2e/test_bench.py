@@ -10,6 +10,7 @@ import pytest
 BENCH = ("-m", "fedmpi.bench")
 
 
+@pytest.mark.slow
 def test_the_bench_and_its_floor_learn_alike(job, tmp_path):
     figures = tmp_path / "figures.json"
     result = job(3, *f"k1000 --pairs 1 --starts 0 --json {figures}".split(), program=BENCH)

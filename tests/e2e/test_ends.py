@@ -56,7 +56,12 @@ def gone(job) -> bool:
 
 @pytest.mark.usefixtures("bad_model")
 @pytest.mark.parametrize(
-    ("what", "num_ranks"), [("train", 1), ("train", 2), ("train", 5), ("evaluate", 1), ("evaluate", 3)]
+    ("what", "num_ranks"),
+    [
+        ("train", 2),
+        ("evaluate", 3),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("train", 1), ("train", 5), ("evaluate", 1)]),
+    ],
 )
 def test_an_exception_on_a_rank_ends_all_with_1_and_one_traceback(start, what, num_ranks):
     running = start(num_ranks, *SMALL, "--model", f"bad:{what}")
@@ -74,7 +79,7 @@ def test_an_exception_on_a_rank_ends_all_with_1_and_one_traceback(start, what, n
     ("what", "code", "said"),
     [("exit0", 1, "os._exit(0)"), ("exit5", 5, "os._exit(5)"), ("sysexit", 1, "sys.exit(0)")],
 )
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_leaves_in_mid_run_does_not_pass_for_done(start, what, code, said, num_ranks):
     running = start(num_ranks, *SMALL, "--model", f"bad:{what}")
     result = running.end()
@@ -94,7 +99,7 @@ def test_a_rank_that_kills_itself(start):
     assert gone(running)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 2, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigkill_of_any_rank(start, which):
     running = start(3, *SMALL, "--rounds", "100000")
     running.wait_for_round(2)
@@ -138,7 +143,7 @@ def test_divergence_is_code_3_and_names_client_and_round(job, num_ranks):
     assert result.history() == []
 
 
-@pytest.mark.parametrize("which", [0, 2])
+@pytest.mark.parametrize("which", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_noticed_and_named(start, which):
     running = start(3, *SMALL, "--rounds", "100000", "--stall-timeout", "3")
     running.wait_for_round(20)

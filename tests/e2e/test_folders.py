@@ -71,10 +71,10 @@ def test_a_run_folder_that_cannot_be_made(job, tmp_path):
 @pytest.mark.parametrize(
     ("file", "passages", "kept"),
     [
-        ("config.yaml", 0, None),
+        pytest.param("config.yaml", 0, None, marks=pytest.mark.slow),
         pytest.param("history.jsonl", 0, None, marks=pytest.mark.slow),
         ("history.jsonl", 4, 1),
-        ("round-000002.ckpt", 0, 1),
+        pytest.param("round-000002.ckpt", 0, 1, marks=pytest.mark.slow),
         pytest.param("model.pt", 0, 3, marks=pytest.mark.slow),
     ],
 )
@@ -145,6 +145,7 @@ def test_a_data_folder_that_cannot_be_written_needs_no_writing(job, data_dir, tm
     assert kept_nowhere.bits() == written.bits()
 
 
+@pytest.mark.slow
 def test_locks_of_the_kernel_are_not_needed(start, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import errno, fcntl\n"

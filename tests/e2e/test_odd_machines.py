@@ -50,7 +50,7 @@ LEFTOVERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_leftover_slurm_variables_change_nothing(job, num_ranks):
     plain = job(num_ranks, *SMALL, name="plain")
     launcher = () if num_ranks == 1 else None
@@ -123,7 +123,7 @@ def test_three_ranks_on_one_core_are_told_once(job):
     assert "1 thread each" in result.out
 
 
-@pytest.mark.parametrize("name", ["lab_node", "no-such-host-x"])
+@pytest.mark.parametrize("name", ["no-such-host-x", pytest.param("lab_node", marks=pytest.mark.slow)])
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-u", "true"], check=False, capture_output=True).returncode != 0,
     reason="another host name needs a namespace of its own, which this user may not make",
@@ -149,6 +149,7 @@ def test_a_home_that_cannot_be_written(job):
     assert "/proc/nobody" in result.err
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(job, tmp_path):
     """A day back and a day ahead, in turns, on every look."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -41,7 +41,9 @@ def test_same_bits_and_history(job, reference, num_ranks, args, env):
     assert f"model {reference['bits']}" in result.out
 
 
-@pytest.mark.parametrize("client_lr", ["0.1", "100"])  # 100: from the second round on no client fits into bin 0
+@pytest.mark.parametrize(
+    "client_lr", ["0.1", pytest.param("100", marks=pytest.mark.slow)]
+)  # 100: from the second round on no client fits into bin 0
 def test_same_bits_where_clients_take_one_step(job, client_lr):
     one_step = ("--batch-size", "0", "--num-clients", "50", "--cohort-size", "40", "--client-lr", client_lr)
     ranks = [(1, ()), (3, ("--collect", "gather")), (5, ("--schedule", "dynamic"))]  # other clients together
@@ -80,6 +82,7 @@ def test_momentum_does_not_go_from_client_to_client(job):
     assert len({result.bits() for result in results}) == 1
 
 
+@pytest.mark.slow
 def test_every_knob_of_training_changes_the_result(job):
     """An option that is silently ignored would give equal bits."""
     base = job(1, *SMALL, name="base")

@@ -14,22 +14,22 @@ from tests.e2e.conftest import SMALL
     [
         ("--round 3", "--round"),
         ("--sample-ratio 5", "--sample-ratio must be a number in (0, 1], got 5"),
-        ("--sample-ratio 0", "--sample-ratio"),
-        ("--sample-ratio nan", "--sample-ratio"),
-        ("--rounds -1", "--rounds must be an integer in [1, inf), got -1"),
+        pytest.param("--sample-ratio 0", "--sample-ratio", marks=pytest.mark.slow),
+        pytest.param("--sample-ratio nan", "--sample-ratio", marks=pytest.mark.slow),
+        pytest.param("--rounds -1", "--rounds must be an integer in [1, inf), got -1", marks=pytest.mark.slow),
         ("--cohort-size 999", "--cohort-size must be in [1, 20] (--num-clients), got 999"),
-        ("--num-clients 0", "--num-clients"),
-        ("--seed 1e3", "--seed"),
+        pytest.param("--num-clients 0", "--num-clients", marks=pytest.mark.slow),
+        pytest.param("--seed 1e3", "--seed", marks=pytest.mark.slow),
         ("--model nope", "--model must be 2nn, cnn, cnn_fedlab, logistic or module:function, got nope"),
-        ("--model no_such_module:f", "no_such_module"),
+        pytest.param("--model no_such_module:f", "no_such_module", marks=pytest.mark.slow),
         ("--dataset digits --model cnn_fedlab", "at least 16x16"),
-        ("--partition iid --alpha 0.1", "--alpha"),
+        pytest.param("--partition iid --alpha 0.1", "--alpha", marks=pytest.mark.slow),
         ("--partition-file nowhere.pkl", "python -m fedmpi.data.prepare --dataset synthetic --num-clients 20"),
         ("--num-clients 5000 --cohort-size 7", "2000 samples cannot give 5000 clients one each"),
-        ("--device cuda", "--device cuda"),
+        pytest.param("--device cuda", "--device cuda", marks=pytest.mark.slow),
         ("--ethernet bogus0", "--ethernet"),
-        ("--num-workers 2", "--num-workers"),
-        ("--config nowhere.yaml", "nowhere.yaml"),
+        pytest.param("--num-workers 2", "--num-workers", marks=pytest.mark.slow),
+        pytest.param("--config nowhere.yaml", "nowhere.yaml", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(job, args, wanted):
@@ -54,6 +54,7 @@ def test_eval_every_also_evaluates_the_last_round(job):
     assert [row["accuracy"] is not None for row in result.history()] == [False, True, False, True, True]
 
 
+@pytest.mark.slow
 def test_cohorts_are_uniform_and_depend_on_the_seed_alone(job):
     args = "--dataset synthetic --num-clients 100 --sample-ratio 0.1 --rounds 50 --eval-every 50".split()
     variants = [(2, "--model 2nn"), (3, "--model logistic --client-lr 0.01"), (2, "--model 2nn --seed 3")]
@@ -88,7 +89,9 @@ def test_a_model_of_ones_own(job, tmp_path):
     assert "12,730 vector entries" in result.out
 
 
-@pytest.mark.parametrize("dtype", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize(
+    "dtype", ["half", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bfloat16", "double"))]
+)
 def test_a_model_that_is_not_float32_is_refused_by_name(job, tmp_path, dtype):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
@@ -100,7 +103,9 @@ def test_a_model_that_is_not_float32_is_refused_by_name(job, tmp_path, dtype):
     assert "'1.weight' is" in result.errors[0]
 
 
-@pytest.mark.parametrize("kind", ["iid", "shards", "dirichlet"])
+@pytest.mark.parametrize(
+    "kind", ["shards", *(pytest.param(each, marks=pytest.mark.slow) for each in ("iid", "dirichlet"))]
+)
 def test_prepare_then_train_on_the_file(job, tmp_path, kind):
     common = ["--dataset", "digits", "--num-clients", "12"]
     prepared = job(

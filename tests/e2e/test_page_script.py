@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.e2e.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,7 @@ def test_the_page_script_runs_and_learns(job, tmp_path):
     assert re.findall("round.*", again.out) == re.findall("round.*", result.out)
 
 
+@pytest.mark.slow
 def test_the_page_script_on_the_wrong_number_of_ranks_says_so_once(job, tmp_path):
     (tmp_path / "my_script.py").write_text(script())
     result = job(3, "my_script.py", program=())
@@ -41,6 +44,7 @@ def test_an_exception_in_the_page_script_ends_all_ranks(job, tmp_path):
     assert result.text.count("ValueError: boom") == 1
 
 
+@pytest.mark.slow
 def test_an_exception_on_the_server_ends_all_ranks(job, tmp_path):
     broken = script().replace("mean = torch.stack(model_parameters_list).mean(0)", "raise ValueError('boom')")
     (tmp_path / "my_script.py").write_text(broken)

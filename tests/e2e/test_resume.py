@@ -110,7 +110,7 @@ def test_killed_again_and_again(start, job, whole):
     ("name", "target"),
     [
         ("SIGUSR1", "rank 2"),
-        ("SIGUSR1", "launcher"),
+        pytest.param("SIGUSR1", "launcher", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "rank 0", marks=pytest.mark.slow),
         pytest.param("SIGINT", "rank 1", marks=pytest.mark.slow),
     ],

@@ -55,6 +55,7 @@ def test_all_ranks_share_tmp_path(suite):
     assert "1 passed" in result.out
 
 
+@pytest.mark.slow
 def test_two_suites_at_the_same_time_do_not_meet(start, tmp_path):
     args = ("tests/spmd/test_comm.py", "-q")
     both = [start(3, *args, program=("-m", "pytest"), cwd=ROOT) for _ in range(2)]
