@@ -161,8 +161,9 @@ class _Run:
         """Interrupt at random rounds, resume, and at last let it end; what was done, in words."""
         told = []
         for target in sorted(dice.randrange(self._rounds - 20) for _ in range(kills)):
+            before = self.done()
             with self.start() as job:
-                while self.done() <= target and job.poll() is None:
+                while self.done() in (before, *range(target + 1)) and job.poll() is None:
                     time.sleep(0.01)
                 time.sleep(dice.uniform(0, 0.1))
                 number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -13,12 +14,16 @@ EVERY_S = 60.0
 """Without `--checkpoint-every`: how often a checkpoint is written."""
 
 
+_UNKNOWN = 10
+"""So many times longer may a client take of which nothing is known."""
+
+
 class Keeper(Protocol):
     """Keeps the state of a run. Writing goes on beside the rounds."""
 
     @property
-    def busy(self) -> bool:
-        """Whether the state before is still being written."""
+    def writes_for_s(self) -> float:
+        """Seconds for which the state before has been under way to the disk; 0: it is there."""
 
     @property
     def longest_s(self) -> float:
@@ -44,6 +49,7 @@ class Boundary:
     Attributes:
         deadline: the end of the job's time, if there is one.
         longest_s: the longest round of this process, or of the one that wrote the checkpoint, before it has one.
+        longest_client_s: the longest that a client took, in this process or before.
     """
 
     def __init__(
@@ -66,7 +72,8 @@ class Boundary:
         self._signals = signals
         self.deadline = deadline
         self.longest_s = 0.0
-        self._longest_client_s = 0.0
+        self.longest_client_s = 0.0
+        self._stored_checkpoint_s = 0.0
         self._clients_a_rank = 1
         self._round_began: float | None = None
         self._rounds = 0
@@ -94,7 +101,7 @@ class Boundary:
         if self._every is not None:
             due = round_idx % self._every == 0
         else:
-            due = time.monotonic() - self._kept_at >= EVERY_S and not self._keeper.busy
+            due = time.monotonic() - self._kept_at >= EVERY_S and not self._keeper.writes_for_s
         if due:
             self.keep(round_idx, state)
 
@@ -129,7 +136,26 @@ class Boundary:
 
     def needed_s(self) -> float:
         """What a round and a checkpoint may take: the longest that each has taken."""
-        return self.longest_s + (self._keeper.longest_s if self._keeper else 0.0)
+        writes = 2 if self._keeper and self._keeper.writes_for_s else 1
+        return self.longest_s + writes * self.checkpoint_s
+
+    @property
+    def checkpoint_s(self) -> float:
+        """The longest that writing a checkpoint has taken, in this process or before."""
+        return max(self._stored_checkpoint_s, self._keeper.longest_s if self._keeper else 0.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """What was measured, for a checkpoint."""
+        return {"round_s": self.longest_s, "client_s": self.longest_client_s, "checkpoint_s": self.checkpoint_s}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin with what was measured before."""
+        self.longest_s, self.longest_client_s = float(state["round_s"]), float(state["client_s"])
+        self._stored_checkpoint_s = float(state["checkpoint_s"])
+
+    def writes_for_s(self) -> tuple[float, float]:
+        """Seconds for which a checkpoint has been under way (0: none is), and the longest that one has taken."""
+        return (self._keeper.writes_for_s if self._keeper else 0.0), self.checkpoint_s
 
     def overdue(self, ending_s: float) -> str | None:
         """From another thread: why to give up the round under way, `ending_s` before the end; None: go on with it.
@@ -145,16 +171,22 @@ class Boundary:
         what = "a round takes longer than any before" if self._rounds else "not one round fits: a round takes longer"
         reason = f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: {self.how_to_go_on}"
         if self._keeper is not None:
-            self._keeper.note_stop(reason)
+            note = threading.Thread(target=self._keeper.note_stop, args=(reason,), daemon=True)
+            note.start()
+            note.join(ending_s / 4)  # the disk may be what hangs
         return reason
 
+    def note_stop(self, reason: str) -> None:
+        """The job stops between two rounds, and all is kept."""
+        if self._keeper is not None:
+            self._keeper.note_stop(reason)
+
     def expects(self, longest_client_s: float, clients_a_rank: int) -> None:
-        """The longest that a client has taken so far, and how many clients one rank may get in the round at hand."""
-        self._longest_client_s = max(self._longest_client_s, longest_client_s)
+        """The longest that a client took or may take, and how many clients one rank may get in the round at hand."""
+        self.longest_client_s = max(self.longest_client_s, longest_client_s)
         self._clients_a_rank = clients_a_rank
 
-    def answers_within_s(self, timeout_s: float, patience: float) -> float | None:
-        """How long a rank may take to answer the order of a round; None before any client has answered."""
-        if not self._longest_client_s:
-            return None
-        return max(timeout_s, patience * self._longest_client_s) * (self._clients_a_rank + 1)
+    def answers_within_s(self, timeout_s: float, patience: float) -> float:
+        """How long a rank may take to answer the order of a round; a multiple of that before any has answered."""
+        client_s = max(timeout_s, patience * self.longest_client_s)
+        return client_s * (self._clients_a_rank + 1) * (1 if self.longest_client_s else _UNKNOWN)

@@ -147,7 +147,8 @@ class Checkpoints:
         self.folder = folder
         self.longest_s = 0.0
         self._thread: threading.Thread | None = None
-        self._error: FilesystemError | None = None
+        self._error: BaseException | None = None
+        self._began_s = 0.0
         self._damaged: list[Path] = []
 
     def names(self) -> list[Path]:
@@ -192,9 +193,10 @@ class Checkpoints:
         remove_temps(self.folder)
 
     @property
-    def busy(self) -> bool:
-        """Whether one is being written."""
-        return self._thread is not None and self._thread.is_alive()
+    def writes_for_s(self) -> float:
+        """Seconds for which one has been under way to the disk; 0: none is."""
+        thread = self._thread
+        return time.monotonic() - self._began_s if thread is not None and thread.is_alive() else 0.0
 
     def write(self, round_idx: int, state: State, before: Callable[[], None]) -> None:
         """Begin to write `state`, as of now; call `before` first, in the same thread.
@@ -204,6 +206,7 @@ class Checkpoints:
         """
         self.finish()
         copied = snapshot(state)
+        self._began_s = time.monotonic()
         self._thread = threading.Thread(target=self._write, args=(round_idx, copied, before), name="checkpoint")
         self._thread.start()
 
@@ -221,7 +224,6 @@ class Checkpoints:
             raise error
 
     def _write(self, round_idx: int, copied: State, before: Callable[[], None]) -> None:
-        begun = time.monotonic()
         try:
             before()
             atomic_write(self.folder / f"round-{round_idx:06}.ckpt", lambda file: write_state(file, copied))
@@ -230,9 +232,9 @@ class Checkpoints:
             sync_folder(self.folder)
         except OSError as error:
             self._error = FilesystemError(f"{self.folder}: cannot be tidied up ({error.strerror})")
-        except FilesystemError as error:
+        except BaseException as error:  # noqa: BLE001  # whatever it is: `finish` raises it in the main thread
             self._error = error
-        self.longest_s = max(self.longest_s, time.monotonic() - begun)
+        self.longest_s = max(self.longest_s, time.monotonic() - self._began_s)
 
 
 def _round_of(path: Path) -> int:

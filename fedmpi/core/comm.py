@@ -27,7 +27,7 @@ from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, Order
 from fedmpi.core.schedule import helping
 from fedmpi.core.timeline import Span, Timeline
-from fedmpi.core.waiting import Waiting
+from fedmpi.core.waiting import Request, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 mpi4py.rc.initialize = False  # first see whether the launcher belongs to the library: some pairs die in MPI_Init
@@ -55,7 +55,7 @@ class PackageProcessor(Agreement, Collection):
         node: the ranks that share this rank's memory, ascending.
         peers: rank -> process id of the others of them, as far as this process can see them.
         board: what these ranks show each other.
-        waits_for: the rank this one waits to receive from, if any, and since when (`time.monotonic`).
+        waits_for: the rank this one waits to hear from or to be heard by, if any, and since when (`time.monotonic`).
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
@@ -175,12 +175,16 @@ class PackageProcessor(Agreement, Collection):
         return int(largest[0])
 
     def send(self, array: NDArray[Any], *ranks: int) -> None:
-        for request in [self._comm.Isend(as_bytes(array), rank) for rank in ranks]:
-            self._waiting.until(request)
+        requests = [(rank, self._comm.Isend(as_bytes(array), rank)) for rank in ranks]
+        for rank, request in requests:
+            self._wait_for(rank, request)
 
     def receive(self, array: NDArray[Any], rank: int) -> None:
+        self._wait_for(rank, self._comm.Irecv(as_bytes(array), rank))
+
+    def _wait_for(self, rank: int, request: Request) -> None:
         self.waits_for = rank, time.monotonic()
-        self._waiting.until(self._comm.Irecv(as_bytes(array), rank))
+        self._waiting.until(request)
         self.waits_for = None, 0.0
 
     def sum_all(self, values: NDArray[Any]) -> None:

@@ -102,7 +102,7 @@ class ServerManager(NetworkManager):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, between two rounds."""
-        pace = {"ranks": self.net.size, "longest_round_s": self.boundary.longest_s}
+        pace = {"ranks": self.net.size, **self.boundary.state_dict()}
         return {"handler": self.handler.state_dict(), "costs": self._costs.moments, "pace": pace}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ class ServerManager(NetworkManager):
         self.handler.load_state_dict(state["handler"])
         if state["pace"]["ranks"] == self.net.size:
             self._costs.moments = state["costs"]
-            self.boundary.longest_s = state["pace"]["longest_round_s"]
+            self.boundary.load_state_dict(state["pace"])
         self._resumed = True
 
     def next_order(self) -> Order:
@@ -137,7 +137,8 @@ class ServerManager(NetworkManager):
         else:
             ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"
-        longest_s = max((update.seconds for update in self._updates), default=0.0)
+        a_sample_s = max((update.seconds / max(1, update.num_samples) for update in self._updates), default=0.0)
+        longest_s = a_sample_s * float(handler.weights.max())
         self.boundary.expects(longest_s, len(cohort) if self._draws else int(np.bincount(ranks).max()))
         self._updates = []
         return Order(
@@ -163,6 +164,7 @@ class ServerManager(NetworkManager):
 
     def _stop_early(self, reason: str) -> Order:
         self.boundary.keep(self.handler.round_idx, self.state_dict, wait=True)
+        self.boundary.note_stop(reason)
         done = self.handler.round_idx
         logger.warning("%s: stopping after round %d; %s", reason, done, self.boundary.how_to_go_on)
         return Order(MessageCode.EXIT, exit_code=EXIT_STOPPED)

@@ -77,6 +77,9 @@ class Deadline:
 def slurm_deadline(environ: Mapping[str, str]) -> Deadline | None:
     """The end of the Slurm job that this process runs in, if any. May start a child process: call it before MPI."""
     job = environ.get("SLURM_JOB_ID")
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if job and array and task:  # one task of an array has the array's own number: alone it stands for all tasks
+        job = f"{array}_{task}"
     left_s = slurm_seconds_left(job, environ) if job else None
     return None if left_s is None else Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}")
 
@@ -95,8 +98,10 @@ def slurm_seconds_left(job: str, environ: Mapping[str, str]) -> float | None:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         told = None
-    if told is not None and told.returncode == 0:
-        return parse_slurm_time(told.stdout.strip())  # empty: a variable left over in this shell
+    answer = told.stdout.strip() if told is not None and told.returncode == 0 else "?"
+    left_s = parse_slurm_time(answer)
+    if left_s is not None or answer in ("", "UNLIMITED", "NOT_SET"):  # "": a variable left over in this shell
+        return left_s
     with contextlib.suppress(KeyError, ValueError):
         return float(environ["SLURM_JOB_END_TIME"]) - time.time()
     return None

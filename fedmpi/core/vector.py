@@ -109,7 +109,7 @@ def model_facts(model: nn.Module) -> dict[str, object]:
     in_vector = {id(t) for _, t in _entries(model)}
     for name, tensor in _named_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if id(tensor) not in in_vector:
+        if id(tensor) not in in_vector and isinstance(tensor, nn.Parameter):  # integer buffers come with every order
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {"parameter count": sum(t.numel() for _, t in _entries(model)), "model layout": digest.hexdigest()[:16]}
 

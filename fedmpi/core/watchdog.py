@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -80,6 +79,7 @@ class Watchdog:
         self._own = Silence(timeout_s)
         self._others = {rank: Silence(timeout_s) for rank in net.node if rank != net.rank}
         self._timeout_s = timeout_s
+        self._awake = 0.0
         self._pause_s = min(1.0, timeout_s / _LOOKS) if timeout_s else 1.0
         self._stop = threading.Event()
         self._main = threading.main_thread().ident
@@ -107,6 +107,7 @@ class Watchdog:
             if now - before > 2 * self._pause_s + 1:  # this process itself was stopped, or had no core
                 for silence in (self._own, *self._others.values()):
                     silence.forget()
+                self._awake = now
             before = now
             self._show()
             if self._boundary is not None:
@@ -126,9 +127,13 @@ class Watchdog:
         if silent_s <= self._own.limit_s:
             return
         frame = sys._current_frames().get(self._main or 0)
-        stack = "".join(traceback.format_stack(frame)).rstrip()
+        stack = []
+        while frame is not None:  # by hand: `traceback` reads the sources, and the disk may be what hangs
+            stack.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
+            frame = frame.f_back
+        where = "\n".join(reversed(stack))
         self._end(
-            f"has made no progress for {silent_s:.0f} s, after {steps} steps (--stall-timeout). It is at\n{stack}"
+            f"has made no progress for {silent_s:.0f} s, after {steps} steps (--stall-timeout). It is at\n{where}"
         )
 
     def _check_node(self, now: float) -> None:
@@ -144,9 +149,13 @@ class Watchdog:
 
     def _check_far(self, boundary: Boundary, now: float) -> None:
         rank, since = self._net.waits_for
-        limit_s = boundary.answers_within_s(self._timeout_s, _PATIENCE)
-        if rank is not None and rank not in self._net.node and limit_s is not None and now - since > limit_s:
-            self._end(f"rank {rank} of another host has not answered for {now - since:.0f} s (--stall-timeout)")
+        for_s = now - max(since, self._awake)
+        far = rank is not None and rank not in self._net.node
+        if far and for_s > boundary.answers_within_s(self._timeout_s, _PATIENCE):
+            self._end(f"rank {rank} of another host has not answered for {for_s:.0f} s (--stall-timeout)")
+        writes_s, longest_s = boundary.writes_for_s()
+        if writes_s > max(self._timeout_s, _PATIENCE * longest_s):
+            self._end(f"a checkpoint has been under way to the disk for {writes_s:.0f} s (--stall-timeout)")
 
     def _check_time(self, boundary: Boundary) -> None:
         reason = boundary.overdue(_ENDING_S)

@@ -2,7 +2,7 @@
 
 runs/NAME/  config.yaml  history.jsonl  checkpoint/  model.pt  timeline.json (with --timeline)
 
-`model.pt` is there once the run is finished; `stopped` if its time was over in the middle of a round.
+`model.pt` is there once the run is finished; `stopped`, with the reason, if its last job stopped early.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class RunFolder:
         self._history.on_round(record)
 
     @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._checkpoints.busy
+    def writes_for_s(self) -> float:
+        """Seconds for which a checkpoint has been under way to the disk; 0: none is."""
+        return self._checkpoints.writes_for_s
 
     @property
     def longest_s(self) -> float:

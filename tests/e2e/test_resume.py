@@ -184,6 +184,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(job, whole):
     assert (afresh.bits(), afresh.history()) == whole(*LONGER)
 
 
+def test_integer_buffers_are_restored_on_every_rank(job, tmp_path):
+    """BatchNorm counts its batches; trainers begin a resumed run with a count of 0."""
+    (tmp_path / "norm.py").write_text(
+        "from torch import nn\n"
+        "net = lambda shape, classes: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, classes))\n"
+    )
+    options = [*SMALL, "--model", "norm:net", "--rounds"]
+    job(2, *options, "2")
+    again = job(3, *options, "4")
+    assert again.code == 0, again.text
+    one_piece = job(1, *options, "4", name="whole")
+    assert (again.bits(), again.history()) == (one_piece.bits(), one_piece.history())
+
+
 SERVER_WITH_MOMENTUM = """
 import dataclasses, sys, torch
 from fedmpi.core.handler import SyncParameterServerHandler

@@ -91,6 +91,16 @@ def test_slurm_is_asked_for_the_time_that_is_left(tmp_path: Path, monkeypatch: p
     assert 85 < found.less(10).left_s() <= 90
 
 
+def test_a_task_of_an_array_asks_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = squeue(tmp_path, 'case "$*" in *--jobs=17_3*) echo "1:40" ;; *) echo "1:40"; echo "2:40" ;; esac')
+    monkeypatch.setenv("PATH", environ["PATH"])
+    found = slurm_deadline({**environ, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"})
+    assert found is not None
+    assert found.what == "the time limit of Slurm job 17_3"
+    several = slurm_deadline({**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
+    assert several is not None, "what does not parse is no answer"
+
+
 def test_the_earlier_of_two_deadlines_counts() -> None:
     one, two = Deadline(100, "one"), Deadline(200, "two")
     assert earlier(two, one) == one
@@ -138,7 +148,7 @@ def test_the_age_of_this_process() -> None:
 class Disk:
     """Keeps in memory."""
 
-    busy = False
+    writes_for_s = 0.0
     longest_s = 0.0
     how_to_go_on = "run it again"
 
@@ -198,7 +208,7 @@ def test_by_time_it_is_once_a_minute_and_not_while_one_is_written(clock: Clock) 
     between.begin(7, lambda: {"rounds": 7}, resumed=True)
     run(between, clock, range(7, 20), 25.0)
     assert disk.kept == [10, 13, 16, 19]
-    disk.busy = True
+    disk.writes_for_s = 5.0
     run(between, clock, range(20, 30), 25.0)
     assert disk.kept == [10, 13, 16, 19]
 
@@ -276,8 +286,29 @@ def test_a_round_that_is_not_late_is_left_alone_to_the_end(clock: Clock) -> None
 
 def test_how_long_a_rank_may_take_to_answer(clock: Clock) -> None:
     between = Boundary()
-    assert between.answers_within_s(10, 3) is None
+    assert between.answers_within_s(10, 3) == 200, "of a client nothing is known yet"
     between.expects(2.0, 4)
     assert between.answers_within_s(10, 3) == 50
     between.expects(0.5, 4)
     assert between.answers_within_s(1, 3) == 30, "three times the longest client ever, for each client and once more"
+
+
+def test_what_was_measured_goes_on_with_the_run(clock: Clock) -> None:
+    disk = Disk()
+    disk.longest_s = 7.0
+    first = Boundary(disk)
+    run(first, clock, range(3), 20.0)
+    first.expects(4.0, 1)
+    again = Boundary(Disk(), deadline=Deadline(clock.now + 26, "x"))
+    again.load_state_dict(first.state_dict())
+    assert again.state_dict() == {"round_s": 20.0, "client_s": 4.0, "checkpoint_s": 7.0}
+    assert again.stop_because() == "not one round fits: a round takes about 20.0 s, 26.0 s are left of x"
+
+
+def test_a_checkpoint_under_way_is_waited_for_before_the_last(clock: Clock) -> None:
+    disk = Disk()
+    between = Boundary(disk, deadline=Deadline(clock.now + 20, "x"))
+    disk.longest_s, between.longest_s = 5.0, 12.0
+    assert between.stop_because() is None
+    disk.writes_for_s = 1.0
+    assert between.stop_because() is not None

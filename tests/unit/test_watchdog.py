@@ -137,13 +137,17 @@ class Between:
     """A boundary."""
 
     over: str | None = None
-    limit_s: float | None = 0.3
+    limit_s = 0.3
+    writes = 0.0, 0.1
 
     def overdue(self, ending_s):
         return self.over
 
     def answers_within_s(self, timeout_s, patience):
         return self.limit_s
+
+    def writes_for_s(self):
+        return self.writes
 
 
 def test_a_rank_of_another_host_that_does_not_answer_is_named(net):
@@ -153,14 +157,16 @@ def test_a_rank_of_another_host_that_does_not_answer_is_named(net):
     assert message.startswith("rank 9 of another host has not answered for ")
 
 
-def test_nobody_is_named_before_any_client_has_answered(net):
+def test_of_a_rank_of_this_host_its_own_board_tells(net):
+    net.waits, net.waits_for = True, (2, time.monotonic() - 1000)
+    assert watched(net, 1.0, boundary=Between()) == []
+
+
+def test_a_disk_that_takes_no_checkpoint_is_no_reason_to_go_on_without(net):
     between = Between()
-    between.limit_s = None
-    net.waits, net.waits_for = True, (9, time.monotonic() - 1000)
-    assert watched(net, 1.0, boundary=between) == []
-    net.waits_for = (2, time.monotonic() - 1000)
-    between.limit_s = 0.3
-    assert watched(net, 1.0, boundary=between) == [], "of this host: its own board tells"
+    net.waits, between.writes = True, (9.0, 0.1)
+    ((message, code),) = watched(net, 20, boundary=between)[:1]
+    assert (message, code) == ("a checkpoint has been under way to the disk for 9 s (--stall-timeout)", EXIT_CRASH)
 
 
 def test_a_round_that_outlives_the_jobs_time_ends_it_with_75(net):
