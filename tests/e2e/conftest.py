@@ -41,6 +41,27 @@ def clean_environment(extra: dict[str, str]) -> dict[str, str]:
     return {**open_mpi, **kept, **extra, "PYTHONPATH": path}
 
 
+def with_tmpfs(size: str, folder: Path, num_ranks: int, options: list[str], data_dir: Path) -> Result:
+    """A job that finds a file system of `size` at `folder`, in a mount namespace of its own; then its checkpoints."""
+    run_dir = folder / "run" if folder.name != "shm" else data_dir / "shm-run"
+    words = [
+        mpiexec(),
+        "-n",
+        str(num_ranks),
+        sys.executable,
+        "-m",
+        "fedmpi.fedavg",
+        *options,
+        "--run-dir",
+        str(run_dir),
+    ]
+    script = f"mount -t tmpfs -o size={size} none '{folder}' && \"$@\"; code=$?; ls '{run_dir}/checkpoint'; exit $code"
+    command = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "bash", "-c", script, "job", *words]
+    env, begun = clean_environment({"FEDMPI_DATA": str(data_dir)}), time.monotonic()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return Result(done.returncode, done.stdout, done.stderr, run_dir, time.monotonic() - begun)
+
+
 @dataclasses.dataclass
 class Job:
     """A running job, in a process group of its own."""

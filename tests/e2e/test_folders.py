@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import yaml
 
-from tests.e2e.conftest import SMALL, clean_environment, mpiexec
+from tests.e2e.conftest import SMALL, with_tmpfs
 
 
 def test_three_jobs_of_one_second_get_three_folders(start, tmp_path):
@@ -107,17 +105,12 @@ def test_a_full_disk(job, tmp_path, file, passages, kept):
 
 @pytest.mark.slow
 def test_a_disk_of_two_megabytes(tmp_path, data_dir):
-    """A real one, in a mount namespace of its own: room for two checkpoints of the 2NN and not for a third."""
-    folder, options = tmp_path / "disk", " ".join([*SMALL, "--checkpoint-every", "1"])
-    folder.mkdir()
-    job = f"'{mpiexec()}' -n 2 '{sys.executable}' -m fedmpi.fedavg {options} --run-dir '{folder}/run'"
-    script = f"mount -t tmpfs -o size=2m none '{folder}' && {job}; code=$?; ls '{folder}/run/checkpoint'; exit $code"
-    words = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "bash", "-c", script]
-    env = clean_environment({"FEDMPI_DATA": str(data_dir)})
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "round-000002.ckpt cannot be written: No space left on device" in done.stderr
-    assert done.stdout.split()[-2:] == ["round-000000.ckpt", "round-000001.ckpt"]
+    """A real one: room for two checkpoints of the 2NN and not for a third."""
+    (tmp_path / "disk").mkdir()
+    done = with_tmpfs("2m", tmp_path / "disk", 2, [*SMALL, "--checkpoint-every", "1"], data_dir)
+    assert done.code == 2, done.text
+    assert "round-000002.ckpt cannot be written: No space left on device" in done.err
+    assert done.out.split()[-2:] == ["round-000000.ckpt", "round-000001.ckpt"]
 
 
 def test_a_data_folder_that_cannot_be_written_needs_no_writing(job, data_dir, tmp_path):

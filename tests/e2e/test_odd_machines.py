@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import SMALL, clean_environment, mpiexec
+from tests.e2e.conftest import SMALL, clean_environment, mpiexec, with_tmpfs
 
 
 def test_no_locale(job, tmp_path):
@@ -172,11 +172,6 @@ def test_too_few_open_files_are_said_before_mpi_starts(job):
 
 
 @pytest.mark.slow
-def test_shared_memory_of_a_container(tmp_path, data_dir):
-    """64 MB of /dev/shm, in a mount namespace of its own."""
-    job = f"'{mpiexec()}' -n 4 '{sys.executable}' -m fedmpi.fedavg {' '.join(SMALL)} --run-dir '{tmp_path}/run'"
-    script = f"mount -t tmpfs -o size=64m none /dev/shm && {job}"
-    words = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "bash", "-c", script]
-    env = clean_environment({"FEDMPI_DATA": str(data_dir)})
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_shared_memory_of_a_container(data_dir):
+    done = with_tmpfs("64m", Path("/dev/shm"), 4, SMALL, data_dir)
+    assert done.code == 0, done.text

@@ -110,6 +110,13 @@ class SlurmJob:
             time.sleep(0.5)
         return told
 
+    def wait_for_round(self, number: int, run_dir: Path) -> None:
+        """Until the history holds so many rounds."""
+        history = run_dir / "history.jsonl"
+        while not history.exists() or len(history.read_text().splitlines()) < number:
+            assert self.told()["JobState"] in ("PENDING", "RUNNING"), self.log
+            time.sleep(0.2)
+
     def ended(self, limit_s: float = 300) -> tuple[int, str]:
         """Its exit code and its log, once it is over; fails if a signal ended the batch script."""
         told = self.wait_for("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", limit_s=limit_s)
@@ -257,10 +264,7 @@ def test_slurms_warning_reaches_the_ranks(submit: Any, launcher: str, signal_opt
 @pytest.mark.slurm
 def test_requeued_in_mid_run_it_goes_on(tmp_path: Path, submit: Any) -> None:
     job = submit(*SMALL, "--rounds", "400", "--checkpoint-every", "10", "--run-dir", str(tmp_path / "run"))
-    history = tmp_path / "run" / "history.jsonl"
-    while not history.exists() or len(history.read_text().splitlines()) < 30:
-        assert job.told()["JobState"] in ("PENDING", "RUNNING"), job.log
-        time.sleep(0.2)
+    job.wait_for_round(30, tmp_path / "run")
     ask("scontrol", "requeue", job.number)
     code, log = job.ended()
     assert code == 0, log
@@ -288,10 +292,7 @@ def test_where_requeueing_is_forbidden_a_chain_of_jobs_does(tmp_path: Path, subm
 @pytest.mark.slurm
 def test_a_cancelled_job_stays_cancelled(tmp_path: Path, submit: Any) -> None:
     job = submit(*SMALL, "--rounds", "100000", "--run-dir", str(tmp_path / "run"))
-    history = tmp_path / "run" / "history.jsonl"
-    while not history.exists() or len(history.read_text().splitlines()) < 5:
-        assert job.told()["JobState"] in ("PENDING", "RUNNING"), job.log
-        time.sleep(0.2)
+    job.wait_for_round(5, tmp_path / "run")
     ask("scancel", job.number)
     job.wait_for("CANCELLED")
     time.sleep(8)  # KillWait, and what a requeue would take
@@ -336,10 +337,7 @@ def test_a_time_too_short_for_a_round_is_not_tried_for_ever(tmp_path: Path, subm
 @pytest.mark.slurm
 def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
     job = submit(*SMALL, "--rounds", "300", "--checkpoint-every", "10", "--run-dir", str(tmp_path / "run"))
-    history = tmp_path / "run" / "history.jsonl"
-    while not history.exists() or len(history.read_text().splitlines()) < 30:
-        assert job.told()["JobState"] in ("PENDING", "RUNNING"), job.log
-        time.sleep(0.2)
+    job.wait_for_round(30, tmp_path / "run")
     node = ask("scontrol", "show", "hostnames", job.told()["NodeList"]).split()[-1]
     ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     time.sleep(3)
