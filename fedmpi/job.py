@@ -145,7 +145,7 @@ def run_job(
             for line in banner(recipe.name, config, machine.places, dataset, partition, size, provenance, folder.path):
                 logger.info("%s", line)
             if deadline is not None:
-                logger.info("time:   %.0f s left of %s", deadline.left_s(), deadline.what)
+                logger.info("time:   %.0f s left of %s", max(0.0, deadline.left_s()), deadline.what)
         if config.timeline:
             net.barrier()
             net.timeline.begin()

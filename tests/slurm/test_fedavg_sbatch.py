@@ -275,7 +275,7 @@ def test_requeued_in_mid_run_it_goes_on(tmp_path: Path, submit: Any) -> None:
 
 @pytest.mark.slurm
 def test_where_requeueing_is_forbidden_a_chain_of_jobs_does(tmp_path: Path, submit: Any) -> None:
-    options = [*SMALL, "--rounds", "100000", "--max-seconds", "12", "--run-dir", str(tmp_path / "run")]
+    options = [*SMALL, "--rounds", "100000", "--max-seconds", "40", "--run-dir", str(tmp_path / "run")]
     job = submit(*options, ON_STOP="resubmit", MAX_LEGS="3")
     code, log = job.ended()
     assert code == 75, log
@@ -325,7 +325,7 @@ def test_a_time_too_short_for_a_round_is_not_tried_for_ever(tmp_path: Path, subm
         "    def forward(self, x):\n        time.sleep(1.0 * self.training)\n        return self.layer(x.flatten(1))\n"
         "net = lambda shape, classes: Net()\n"
     )
-    options = ["--model", "sleepy:net", "--local-epochs", "10", "--max-seconds", "25"]
+    options = ["--model", "sleepy:net", "--local-epochs", "30", "--max-seconds", "60"]
     job = submit(*SMALL, *options, injected=tmp_path)
     code, log = job.ended()
     assert code == 75, log
