@@ -83,6 +83,7 @@ def run_job(
     net: PackageProcessor,
     algorithm: str,
     config: RunConfig,
+    watchdog: Watchdog,
     signals: StopSignals | None = None,
     deadline: Deadline | None = None,
 ) -> int:
@@ -92,6 +93,7 @@ def run_job(
         net: this rank's end of the communicator.
         algorithm: "module:NAME" of an `Algorithm`.
         config: its options, the same on every rank.
+        watchdog: of this rank, which has begun.
         signals: of this process, which end the job early.
         deadline: the end of the job's time, as rank 0 knows it.
 
@@ -151,8 +153,9 @@ def run_job(
             net.timeline.begin()
         if signals is not None:
             signals.catch_interrupt(say if net.is_server else None)
-        with Watchdog(net, config.stall_timeout, boundary if net.is_server else None):
-            code = manager.run()
+        watchdog.begin_rounds(boundary if net.is_server else None)
+        code = manager.run()
+        watchdog.stop()
         if config.timeline:
             spans = net.gather_timeline()
             net.on_root(lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)

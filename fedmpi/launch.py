@@ -19,6 +19,7 @@ from fedmpi.core.ending import abort_on_crash, say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
 from fedmpi.core.launcher import missing_mpi_advice, speaks
 from fedmpi.core.stopping import Deadline, StopSignals, earlier, process_age_s, slurm_deadline
+from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
 from fedmpi.logs import set_up_logging
@@ -59,18 +60,17 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
 
     def job(net: PackageProcessor, prepared: tuple[RunConfig, Deadline | None]) -> int:
         begun = time.monotonic()
-        from fedmpi.job import run_job
-
         config, slurm = prepared
         set_up_logging(net.rank, config)
-        own = (
-            Deadline(started + config.max_seconds, f"--max-seconds {config.max_seconds:g}")
-            if config.max_seconds
-            else None
-        )
-        # Slurm's limit is for the end of all processes, which takes no longer than to load them did
-        deadline = earlier(own, slurm.less(time.monotonic() - begun) if slurm else None)
-        return run_job(net, algorithm, config, signals, deadline)
+        with Watchdog(net, config.stall_timeout) as watchdog:
+            from fedmpi.job import run_job
+
+            # Slurm's limit is for the end of all processes, which takes no longer than to load them did
+            deadline = slurm.less(time.monotonic() - begun) if slurm else None
+            if config.max_seconds is not None:
+                own = Deadline(started + config.max_seconds, f"--max-seconds {config.max_seconds:g}")
+                deadline = earlier(own, deadline)
+            return run_job(net, algorithm, config, watchdog, signals, deadline)
 
     return start(words, prepare, job)
 

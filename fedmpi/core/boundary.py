@@ -14,10 +14,6 @@ EVERY_S = 60.0
 """Without `--checkpoint-every`: how often a checkpoint is written."""
 
 
-_UNKNOWN = 10
-"""So many times longer may a client take of which nothing is known."""
-
-
 class Keeper(Protocol):
     """Keeps the state of a run. Writing goes on beside the rounds."""
 
@@ -49,7 +45,7 @@ class Boundary:
     Attributes:
         deadline: the end of the job's time, if there is one.
         longest_s: the longest round of this process, or of the one that wrote the checkpoint, before it has one.
-        longest_client_s: the longest that a client took, in this process or before.
+        longest_client_s: the longest that a client took or may take, in this process or before.
     """
 
     def __init__(
@@ -74,7 +70,6 @@ class Boundary:
         self.longest_s = 0.0
         self.longest_client_s = 0.0
         self._stored_checkpoint_s = 0.0
-        self._clients_a_rank = 1
         self._round_began: float | None = None
         self._rounds = 0
         self._wanted = ""
@@ -180,13 +175,3 @@ class Boundary:
         """The job stops between two rounds, and all is kept."""
         if self._keeper is not None:
             self._keeper.note_stop(reason)
-
-    def expects(self, longest_client_s: float, clients_a_rank: int) -> None:
-        """The longest that a client took or may take, and how many clients one rank may get in the round at hand."""
-        self.longest_client_s = max(self.longest_client_s, longest_client_s)
-        self._clients_a_rank = clients_a_rank
-
-    def answers_within_s(self, timeout_s: float, patience: float) -> float:
-        """How long a rank may take to answer the order of a round; a multiple of that before any has answered."""
-        client_s = max(timeout_s, patience * self.longest_client_s)
-        return client_s * (self._clients_a_rank + 1) * (1 if self.longest_client_s else _UNKNOWN)

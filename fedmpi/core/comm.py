@@ -24,7 +24,7 @@ from fedmpi.core.agreement import Agreement
 from fedmpi.core.board import NOBODY, SAID, Board, board_bytes
 from fedmpi.core.collection import Collection, as_bytes, pieces_of
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
-from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, Order
+from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, MessageCode, Order
 from fedmpi.core.schedule import helping
 from fedmpi.core.timeline import Span, Timeline
 from fedmpi.core.waiting import Request, Waiting
@@ -56,6 +56,7 @@ class PackageProcessor(Agreement, Collection):
         peers: rank -> process id of the others of them, as far as this process can see them.
         board: what these ranks show each other.
         waits_for: the rank this one waits to hear from or to be heard by, if any, and since when (`time.monotonic`).
+        order: of the round at hand; None before the first.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
@@ -81,6 +82,7 @@ class PackageProcessor(Agreement, Collection):
         self.timeline = Timeline()
         self._counter: MPI.Win | None = None
         self.waits_for: tuple[int | None, float] = None, 0.0
+        self.order: Order | None = None
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         assert isinstance(node, MPI.Intracomm)
         namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""  # noqa: PTH110, PTH115
@@ -117,7 +119,10 @@ class PackageProcessor(Agreement, Collection):
             body = order.body() if order is not None else np.empty(size, np.int64)
             if size:
                 self.spread(body)
-        return Order.unpack(header, body)
+        received = Order.unpack(header, body)
+        if received.code is MessageCode.PARAMETER_UPDATE:
+            self.order = received
+        return received
 
     def bcast_vector(self, vector: Buffer) -> Buffer:
         """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype.

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from fedmpi.core import pulse
 from fedmpi.core.errors import FilesystemError
 from fedmpi.core.files import temp_path
 
@@ -88,6 +89,7 @@ class FileLock:
             if not told and self.timeout_s > 0 and pause_s > 0.3:
                 logger.info("waiting for %s: in use by %s", self.what, holder)
                 told = True
+            pulse.beat()  # to wait is no stall
             time.sleep(pause_s)
             pause_s = min(0.5, pause_s * 1.5)
         self._token = me.token

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 SERVER_RANK = 0
 
-HEADER_SIZE = 9
-"""int64 words of an order's header: magic, code, round, K, B, exit code, weight total, weight max, rows."""
+HEADER_SIZE = 10
+"""int64 words of an order's header: magic, code, K, B, and the other integers of an `Order`."""
 
-_MAGIC = 0x4645444D5049_01  # FEDMPI, layout version 1
+_MAGIC = 0x4645444D5049_02  # FEDMPI, layout version 2
 
 
 class MessageCode(IntEnum):
@@ -51,6 +51,7 @@ class Order:
         weight_total: sum of the cohort's sample counts; with `weight_max` it fixes the scale of the exact sum.
         weight_max: largest sample count in the cohort.
         rows: 1 if clients' vectors are to travel as rows, 0 if as an exact sum.
+        longest_client_ms: the longest that a client took so far, or may take now; 0: unknown.
     """
 
     code: MessageCode
@@ -62,13 +63,19 @@ class Order:
     weight_total: int = 0
     weight_max: int = 0
     rows: int = 0
+    longest_client_ms: int = 0
+
+    @property
+    def clients_a_rank(self) -> int:
+        """How many clients one rank may get."""
+        placed = len(self.ranks) > 0 and self.ranks[0] >= 0
+        return int(np.bincount(self.ranks).max()) if placed else len(self.ranks)
 
     def header(self) -> NDArray[np.int64]:
         """(HEADER_SIZE,) int64; its length does not depend on the order."""
-        sizes = (len(self.cohort), len(self.integer_state))
-        what = (_MAGIC, self.code, self.round_idx)
-        words = (*what, *sizes, self.exit_code, self.weight_total, self.weight_max, self.rows)
-        return np.array(words, np.int64)
+        what = (_MAGIC, self.code, len(self.cohort), len(self.integer_state), self.round_idx, self.exit_code)
+        how = (self.weight_total, self.weight_max, self.rows, self.longest_client_ms)
+        return np.array(what + how, np.int64)
 
     def body(self) -> NDArray[np.int64]:
         """(2K + B,) int64: cohort, ranks, integer state."""
@@ -83,15 +90,13 @@ class Order:
         """
         if header[0] != _MAGIC:
             raise LaunchError("an order came in another layout: ranks run different versions of fedmpi")
-        return 2 * int(header[3]) + int(header[4])
+        return 2 * int(header[2]) + int(header[3])
 
     @classmethod
     def unpack(cls, header: NDArray[np.int64], body: NDArray[np.int64]) -> Order:
         """The order that `header()` and `body()` were made from."""
-        _, code, round_idx, k, _, exit_code, total, largest, rows = (int(word) for word in header)
-        return cls(
-            MessageCode(code), round_idx, body[:k], body[k : 2 * k], body[2 * k :], exit_code, total, largest, rows
-        )
+        _, code, k, _, round_idx, *others = (int(word) for word in header)
+        return cls(MessageCode(code), round_idx, body[:k], body[k : 2 * k], body[2 * k :], *others)
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ class ServerManager(NetworkManager):
             ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"
         a_sample_s = max((update.seconds / max(1, update.num_samples) for update in self._updates), default=0.0)
-        longest_s = a_sample_s * float(handler.weights.max())
-        self.boundary.expects(longest_s, len(cohort) if self._draws else int(np.bincount(ranks).max()))
+        longest_s = max(self.boundary.longest_client_s, a_sample_s * float(handler.weights.max()))
+        self.boundary.longest_client_s = longest_s
         self._updates = []
         return Order(
             MessageCode.PARAMETER_UPDATE,
@@ -150,6 +150,7 @@ class ServerManager(NetworkManager):
             weight_total=int(handler.weights.sum()),
             weight_max=int(handler.weights.max()),
             rows=int(self._rows_travel),
+            longest_client_ms=math.ceil(1e3 * longest_s),
         )
 
     def shutdown_clients(self) -> Order:

@@ -3,7 +3,7 @@
 A rank hangs if its steps stand still while it is not waiting for others: its own thread sees that, and prints where the
 main thread is. A rank whose threads stand still too (stopped, or stuck in a system call that keeps Python's lock) shows
 nothing new on the node's board: the other ranks of the node see that. Of a rank that is alone on another node the
-server sees only that it does not answer.
+server sees only that it does not answer, and the trainers see as much of the server.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from fedmpi.core import pulse
 from fedmpi.core.ending import end_all
 from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
+from fedmpi.core.messages import SERVER_RANK
 
 if TYPE_CHECKING:
     from fedmpi.core.boundary import Boundary
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 _PATIENCE = 3.0
 """A rank may be silent for this many times the longest silence after which it went on."""
+
+_SET_UP_S = 600.0
+"""The least that is too long in the set-up, whose steps nobody counts."""
+
+_UNKNOWN = 10
+"""So many times longer may a client take of which nothing is known."""
 
 _LOOKS = 8  # in the time that a rank may be silent
 _ENDING_S = 2.0  # what it takes to end all ranks
@@ -64,21 +71,19 @@ class Silence:
 
 
 class Watchdog:
-    """`with Watchdog(...)` around the round loop."""
+    """`with Watchdog(...)` around a job: its set-up, then, from `begin_rounds` to `stop`, the round loop."""
 
-    def __init__(self, net: PackageProcessor, timeout_s: float, boundary: Boundary | None = None) -> None:
+    def __init__(self, net: PackageProcessor, timeout_s: float) -> None:
         """Watch this rank and its node.
 
         Args:
             net: this rank's end of the communicator.
-            timeout_s: seconds a rank may be silent; 0: for ever.
-            boundary: on the server, what knows of the job's time.
+            timeout_s: seconds a rank may be silent, `_SET_UP_S` at least in the set-up; 0: for ever.
         """
         self._net = net
-        self._boundary = boundary
-        self._own = Silence(timeout_s)
-        self._others = {rank: Silence(timeout_s) for rank in net.node if rank != net.rank}
+        self._boundary: Boundary | None = None
         self._timeout_s = timeout_s
+        self._begin(max(timeout_s, _SET_UP_S))
         self._awake = 0.0
         self._pause_s = min(1.0, timeout_s / _LOOKS) if timeout_s else 1.0
         self._stop = threading.Event()
@@ -92,11 +97,24 @@ class Watchdog:
         self._thread.start()
         return self
 
+    def begin_rounds(self, boundary: Boundary | None = None) -> None:
+        """From now on `timeout_s` holds. On the server `boundary` knows of the job's time."""
+        self._boundary = boundary
+        self._begin(self._timeout_s)
+
+    def _begin(self, timeout_s: float) -> None:
+        self._own = Silence(timeout_s)
+        self._others = {rank: Silence(timeout_s) for rank in self._net.node if rank != self._net.rank}
+
+    def stop(self) -> None:
+        """Watch no more: the ranks are about to leave."""
+        self._stop.set()
+        self._thread.join()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        self.stop()
         with contextlib.suppress(AttributeError):
             faulthandler.unregister(signal.SIGUSR2)
 
@@ -115,8 +133,9 @@ class Watchdog:
             if self._timeout_s:
                 self._check_own(now)
                 self._check_node(now)
+                self._check_far(now)
             if self._timeout_s and self._boundary is not None:
-                self._check_far(self._boundary, now)
+                self._check_disk(self._boundary)
 
     def _show(self) -> None:
         self._net.board.show(f"{self._net.activity or 'starting'}, {pulse.steps()} steps so far")
@@ -147,12 +166,24 @@ class Watchdog:
                     f" (--stall-timeout): {doing}; {_how_it_is(pid)}"
                 )
 
-    def _check_far(self, boundary: Boundary, now: float) -> None:
+    def _check_far(self, now: float) -> None:
         rank, since = self._net.waits_for
+        by_server = self._net.rank == SERVER_RANK
+        if rank is None or rank in self._net.node or not (by_server or rank == SERVER_RANK):
+            return
         for_s = now - max(since, self._awake)
-        far = rank is not None and rank not in self._net.node
-        if far and for_s > boundary.answers_within_s(self._timeout_s, _PATIENCE):
+        if for_s > (1 if by_server else 2) * self._answer_s():  # the server itself waits for answers first
             self._end(f"rank {rank} of another host has not answered for {for_s:.0f} s (--stall-timeout)")
+
+    def _answer_s(self) -> float:
+        """How long a rank may take to answer the order of the round at hand."""
+        order = self._net.order
+        if order is None:
+            return max(self._timeout_s, _SET_UP_S)
+        client_s = max(self._timeout_s, _PATIENCE * order.longest_client_ms / 1e3)
+        return client_s * (order.clients_a_rank + 1) * (1 if order.longest_client_ms else _UNKNOWN)
+
+    def _check_disk(self, boundary: Boundary) -> None:
         writes_s, longest_s = boundary.writes_for_s()
         if writes_s > max(self._timeout_s, _PATIENCE * longest_s):
             self._end(f"a checkpoint has been under way to the disk for {writes_s:.0f} s (--stall-timeout)")

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -125,6 +126,15 @@ class SlurmJob:
         return int(code), self.log
 
 
+def chain_from(job: SlurmJob, name: str, task: str = "") -> list[SlurmJob]:
+    """`job` and those that went on where it stopped, all ended. `name`: of the jobs; `task`: "_1" in an array."""
+    chain = [job]
+    while chain[-1].ended() and (found := re.search(r"going on in job (\d+), leg \d", chain[-1].log)):
+        number = found[1] + task
+        chain.append(SlurmJob(number, job.log_file.with_name(f"{name}-{number}.log")))
+    return chain
+
+
 def ask(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
@@ -167,14 +177,36 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., SlurmJob]]:
         subprocess.run(["scancel", job.number], capture_output=True)
 
 
+MODEL = """
+import os, time
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+    def forward(self, x):
+        time.sleep(float(os.environ.get("TRAINING_S" if self.training else "EVALUATION_S", 0)))
+        return self.layer(x.flatten(1))
+net = lambda shape, classes: Net()
+"""
+
+
+@pytest.fixture
+def sleepy(tmp_path: Path) -> Path:
+    """A folder with sleepy.py, whose model takes TRAINING_S for a step and EVALUATION_S for a chunk of the test set."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "sleepy.py").write_text(MODEL)
+    return tmp_path / "model"
+
+
 @functools.cache
-def in_one_piece(*options: str) -> str:
+def in_one_piece(*options: str, injected: Path | None = None) -> str:
     """Hash of the model of a run that nothing interrupts."""
     with tempfile.TemporaryDirectory() as folder:
         out = subprocess.run(
             [sys.executable, "-m", "fedmpi.fedavg", *SMALL, *options, "--run-dir", folder, "--quiet"],
             env={name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-            | {"PYTHONPATH": str(ROOT)},
+            | {"PYTHONPATH": f"{injected}:{ROOT}" if injected else str(ROOT)},
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
     return model_of(out)
@@ -232,20 +264,22 @@ def test_a_diverged_run_fails_the_job_with_3(submit: Any) -> None:
 @pytest.mark.slurm
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(tmp_path: Path, submit: Any, launcher: str) -> None:
+def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(
+    tmp_path: Path, submit: Any, sleepy: Path, launcher: str
+) -> None:
     """A minute a leg, and no signal before its end: it is fedmpi that asks Slurm for the time that is left."""
-    options = ["--rounds", "1600", "--cohort-size", "7", "--eval-every", "100"]
+    options = ["--rounds", "160", "--cohort-size", "7", "--model", "sleepy:net"]
     job = submit(
-        *SMALL, *options, "--run-dir", str(tmp_path / "run"), launcher=launcher,
+        *SMALL, *options, "--run-dir", str(tmp_path / "run"), launcher=launcher, injected=sleepy, EVALUATION_S="0.3",
         slurm=["--time=1", "--signal=B:USR1@0"],
     )  # fmt: skip
     code, log = job.ended(limit_s=900)
     assert code == 0, log
-    assert int(job.told()["Restarts"]) >= 1, "the machine was too fast for this test: more rounds"
+    assert int(job.told()["Restarts"]) >= 1
     assert re.search(r"left of the time limit of Slurm job \d+: stopping after round \d+", log), log
     assert "requeued, leg 2" in log
-    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1600
-    assert model_of(log) == in_one_piece(*options)
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 160
+    assert model_of(log) == in_one_piece(*options, injected=sleepy)
 
 
 @pytest.mark.slurm
@@ -277,13 +311,8 @@ def test_requeued_in_mid_run_it_goes_on(tmp_path: Path, submit: Any) -> None:
 def test_where_requeueing_is_forbidden_a_chain_of_jobs_does(tmp_path: Path, submit: Any) -> None:
     options = [*SMALL, "--rounds", "100000", "--max-seconds", "40", "--run-dir", str(tmp_path / "run")]
     job = submit(*options, ON_STOP="resubmit", MAX_LEGS="3")
-    code, log = job.ended()
-    assert code == 75, log
-    chain = [job]
-    while found := re.search(r"going on in job (\d+), leg \d", chain[-1].log):
-        chain.append(SlurmJob(found[1], job.log_file.with_name(f"fedavg-{found[1]}.log")))
-        assert chain[-1].ended()[0] == 75, chain[-1].log
-    assert len(chain) == 3
+    chain = chain_from(job, "fedavg")
+    assert [leg.ended()[0] for leg in chain] == [75, 75, 75], chain[-1].log
     assert "this was job 3 of at most 3 (MAX_LEGS)" in chain[-1].log
     assert "going on after round" in chain[-1].log
     assert f"TimeLimit={job.told()['TimeLimit']}" in ask("scontrol", "-o", "show", "job", chain[-1].number)
@@ -317,16 +346,9 @@ def test_a_finished_run_says_so(tmp_path: Path, submit: Any) -> None:
 
 
 @pytest.mark.slurm
-def test_a_time_too_short_for_a_round_is_not_tried_for_ever(tmp_path: Path, submit: Any) -> None:
-    (tmp_path / "sleepy.py").write_text(
-        "import time\nfrom torch import nn\n"
-        "class Net(nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(784, 10)\n"
-        "    def forward(self, x):\n        time.sleep(1.0 * self.training)\n        return self.layer(x.flatten(1))\n"
-        "net = lambda shape, classes: Net()\n"
-    )
+def test_a_time_too_short_for_a_round_is_not_tried_for_ever(submit: Any, sleepy: Path) -> None:
     options = ["--model", "sleepy:net", "--local-epochs", "30", "--max-seconds", "60"]
-    job = submit(*SMALL, *options, injected=tmp_path)
+    job = submit(*SMALL, *options, injected=sleepy, TRAINING_S="1")
     code, log = job.ended()
     assert code == 75, log
     assert "not one round fits: a round takes longer, more than" in log
@@ -351,6 +373,38 @@ def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_node_daemon_puts_the_job_back(tmp_path: Path, submit: Any, which: int) -> None:
+    """The ranks of its node live on, and nobody can tell them to end; the first node has the server and the script."""
+    if "FEDMPI_TEST_SLURMD_PIDS" not in os.environ:
+        pytest.skip("this Slurm is not ours: .ci/slurm starts one whose daemons come back")
+    job = submit(*SMALL, "--rounds", "2000", "--checkpoint-every", "10", "--run-dir", str(tmp_path / "run"))
+    job.wait_for_round(30, tmp_path / "run")
+    node = ask("scontrol", "show", "hostnames", job.told()["NodeList"]).split()[which]
+    os.kill(int(Path(os.environ["FEDMPI_TEST_SLURMD_PIDS"], f"{node}.pid").read_text()), signal.SIGKILL)
+    code, log = job.ended(limit_s=500)
+    assert code == 0, log
+    assert model_of(log) == in_one_piece("--rounds", "2000")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_alone_on_its_node_is_missed(tmp_path: Path, submit: Any, which: int) -> None:
+    options = ["--rounds", "100000", "--stall-timeout", "3", "--run-dir", str(tmp_path / "run")]
+    job = submit(*SMALL, *options, slurm=["--ntasks-per-node=1"])
+    job.wait_for_round(30, tmp_path / "run")
+    node = ask("scontrol", "show", "hostnames", job.told()["NodeList"]).split()[which]
+    told = [line.split() for line in ask("scontrol", "listpids", f"{job.number}.0", node).splitlines()[1:]]
+    for pid, *_ in told:
+        os.kill(int(pid), signal.SIGSTOP)
+    code, log = job.ended()
+    assert code == 1, log
+    assert re.search(
+        rf"\[rank {1 - which}, host \S+, .*\] rank {which} of another host has not answered for \d+ s", log
+    ), log
+
+
+@pytest.mark.slurm
 def test_a_sweep_runs_each_line_once(tmp_path: Path, submit: Any) -> None:
     (tmp_path / "grid.txt").write_text("--seed 0  # first\n\n# nothing\n--seed 1 --client-lr 0.05\n")
     variables = {"FEDAVG": str(SCRIPT), "SWEEP_DIR": str(tmp_path / "sweep")}
@@ -366,6 +420,27 @@ def test_a_sweep_runs_each_line_once(tmp_path: Path, submit: Any) -> None:
     assert len(set((tmp_path / "sweep").glob("*/model.pt"))) == 2
     code, log = submit("grid.txt", script=script, slurm=["--array=3"], **variables).ended()
     assert (code, log) == (2, "sweep.sbatch: grid.txt has no line 3\n")
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("on_stop", ["requeue", "resubmit"])
+def test_a_task_of_a_sweep_that_runs_out_of_time_goes_on(
+    tmp_path: Path, submit: Any, sleepy: Path, on_stop: str
+) -> None:
+    (tmp_path / "grid.txt").write_text("--seed 1\n--seed 2\n")
+    options = ["--model", "sleepy:net", "--rounds", "20", "--max-seconds", "30", "--checkpoint-every", "1"]
+    job = submit(
+        "grid.txt", *SMALL, *options, script=SCRIPT.with_name("sweep.sbatch"), injected=sleepy, EVALUATION_S="0.5",
+        slurm=["--array=1-2%1", f"--output={tmp_path}/sweep-%a.log", "--time=5"],
+        FEDAVG=str(SCRIPT), SWEEP_DIR=str(tmp_path / "sweep"), ON_STOP=on_stop,
+    )  # fmt: skip
+    for task in (1, 2):
+        first = SlurmJob(f"{job.number}_{task}", tmp_path / f"sweep-{task}.log")
+        last = chain_from(first, "sweep", f"_{task}")[-1]
+        assert last.told()["JobState"] == "COMPLETED", last.log
+        assert "stopping after round" in first.log
+        assert model_of(last.log) == in_one_piece(*options[:4], "--seed", str(task), injected=sleepy)
 
 
 @pytest.mark.slurm

@@ -43,6 +43,7 @@ def orders(draw: st.DrawFn) -> Order:
         draw(counts),
         draw(counts),
         draw(st.integers(0, 1)),
+        draw(counts),
     )
 
 
@@ -53,11 +54,18 @@ def test_an_order_survives_its_buffers(order: Order) -> None:
     assert header.shape == (HEADER_SIZE,), "a receiver posts the header's buffer before it knows the order"
     assert len(body) == Order.body_size(header)
     back = Order.unpack(header.copy(), body.copy())
-    for name in ("code", "round_idx", "exit_code", "weight_total", "weight_max", "rows"):
+    for name in ("code", "round_idx", "exit_code", "weight_total", "weight_max", "rows", "longest_client_ms"):
         assert getattr(back, name) == getattr(order, name)
     assert isinstance(back.code, MessageCode)
     for name in ("cohort", "ranks", "integer_state"):
         assert getattr(back, name).tolist() == getattr(order, name).tolist()
+
+
+@pytest.mark.parametrize(("ranks", "most"), [([], 0), ([0, 0], 2), ([3, 1, 3, 3], 3), ([-1, -2, -3], 3)])
+def test_how_many_clients_one_rank_may_get(ranks: list[int], most: int) -> None:
+    """All of them if idle ranks draw."""
+    order = Order(MessageCode.PARAMETER_UPDATE, 0, ints(list(range(len(ranks)))), ints(ranks))
+    assert order.clients_a_rank == most
 
 
 def test_another_layout_is_refused() -> None:

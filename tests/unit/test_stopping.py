@@ -284,21 +284,12 @@ def test_a_round_that_is_not_late_is_left_alone_to_the_end(clock: Clock) -> None
     assert late.startswith("a round takes longer than any before, more than 51.0 s, and x is over: nothing was kept")
 
 
-def test_how_long_a_rank_may_take_to_answer(clock: Clock) -> None:
-    between = Boundary()
-    assert between.answers_within_s(10, 3) == 200, "of a client nothing is known yet"
-    between.expects(2.0, 4)
-    assert between.answers_within_s(10, 3) == 50
-    between.expects(0.5, 4)
-    assert between.answers_within_s(1, 3) == 30, "three times the longest client ever, for each client and once more"
-
-
 def test_what_was_measured_goes_on_with_the_run(clock: Clock) -> None:
     disk = Disk()
     disk.longest_s = 7.0
     first = Boundary(disk)
     run(first, clock, range(3), 20.0)
-    first.expects(4.0, 1)
+    first.longest_client_s = 4.0
     again = Boundary(Disk(), deadline=Deadline(clock.now + 26, "x"))
     again.load_state_dict(first.state_dict())
     assert again.state_dict() == {"round_s": 20.0, "client_s": 4.0, "checkpoint_s": 7.0}

@@ -16,6 +16,7 @@ import pytest
 from fedmpi.core import pulse, watchdog
 from fedmpi.core.board import NOBODY, Board, board_bytes
 from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
+from fedmpi.core.messages import MessageCode, Order
 from fedmpi.core.watchdog import Silence, Watchdog
 
 
@@ -59,7 +60,7 @@ def net():
     said = []
     return SimpleNamespace(
         rank=1, node=[0, 1, 2], peers={}, board=board, activity="client 7, round 3", waits=False,
-        waits_for=(None, 0.0), said=said, others=[Board(memory, [0, 1, 2], rank) for rank in (0, 2)],
+        waits_for=(None, 0.0), order=None, said=said, others=[Board(memory, [0, 1, 2], rank) for rank in (0, 2)],
     )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def ends(monkeypatch):
     monkeypatch.setattr(watchdog, "end_all", say)
 
 
-def watched(net, seconds, each=lambda: None, timeout_s=0.4, boundary=None):
+def watched(net, seconds, each=lambda: None, timeout_s=0.4, boundary=None, set_up=False):
     """What was said within some seconds in which `each` was called ever again."""
     stop = threading.Event()
 
@@ -85,7 +86,9 @@ def watched(net, seconds, each=lambda: None, timeout_s=0.4, boundary=None):
     others = threading.Thread(target=alive)
     others.start()
     end = time.monotonic() + seconds
-    with Watchdog(net, timeout_s, boundary):
+    with Watchdog(net, timeout_s) as watched:
+        if not set_up:
+            watched.begin_rounds(boundary)
         while time.monotonic() < end and not net.said:
             each()
             time.sleep(0.02)
@@ -137,29 +140,47 @@ class Between:
     """A boundary."""
 
     over: str | None = None
-    limit_s = 0.3
     writes = 0.0, 0.1
 
     def overdue(self, ending_s):
         return self.over
 
-    def answers_within_s(self, timeout_s, patience):
-        return self.limit_s
-
     def writes_for_s(self):
         return self.writes
 
 
-def test_a_rank_of_another_host_that_does_not_answer_is_named(net):
-    net.waits, net.waits_for = True, (9, time.monotonic())
-    ((message, code),) = watched(net, 20, boundary=Between())[:1]
+ROUND = Order(MessageCode.PARAMETER_UPDATE, 4, np.arange(4), np.array([1, 1, 2, 1]), longest_client_ms=100)
+
+
+@pytest.mark.parametrize(("rank", "far", "limit_s"), [(0, 9, 4 * 0.4), (1, 0, 2 * 4 * 0.4)])
+def test_the_server_and_a_trainer_of_another_host_wait_for_an_answer(net, rank, far, limit_s):
+    net.rank, net.node = rank, [rank]
+    net.waits, net.waits_for, net.order = True, (far, time.monotonic()), ROUND
+    assert watched(net, limit_s - 0.3) == [], "a limit for each of three clients, and one more"
+    ((message, code),) = watched(net, 20)[:1]
     assert code == EXIT_CRASH
-    assert message.startswith("rank 9 of another host has not answered for ")
+    assert message.startswith(f"rank {far} of another host has not answered for ")
 
 
-def test_of_a_rank_of_this_host_its_own_board_tells(net):
-    net.waits, net.waits_for = True, (2, time.monotonic() - 1000)
-    assert watched(net, 1.0, boundary=Between()) == []
+@pytest.mark.parametrize(
+    ("rank", "far", "order"),
+    [
+        (0, 2, ROUND),  # of this host: its own board tells
+        (1, 9, ROUND),  # no matter of a trainer's: it waits, as this one does, or the server sees to it
+        (0, 9, Order(MessageCode.PARAMETER_UPDATE, 4, np.arange(4), -1 - np.arange(4))),  # of a client nothing is known
+        (0, 9, None),  # before the first round
+    ],
+)
+def test_who_is_not_waited_for_yet(net, rank, far, order):
+    net.rank, net.waits, net.waits_for, net.order = rank, True, (far, time.monotonic() - 9), order
+    assert watched(net, 1.0) == []
+
+
+def test_in_the_set_up_there_is_more_time(net, monkeypatch):
+    assert watched(net, 1.5, set_up=True) == []
+    monkeypatch.setattr(watchdog, "_SET_UP_S", 0.5)
+    ((message, _),) = watched(net, 20, set_up=True)[:1]
+    assert message.startswith("has made no progress for ")
 
 
 def test_a_disk_that_takes_no_checkpoint_is_no_reason_to_go_on_without(net):
