@@ -311,6 +311,7 @@ def test_requeued_in_mid_run_it_goes_on(tmp_path: Path, submit: Any) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.timeout(1200)
 def test_where_requeueing_is_forbidden_a_chain_of_jobs_does(tmp_path: Path, submit: Any) -> None:
     options = [*SMALL, "--rounds", "100000", "--max-seconds", "40", "--run-dir", str(tmp_path / "run")]
     job = submit(*options, ON_STOP="resubmit", MAX_LEGS="3")
@@ -362,6 +363,7 @@ def test_a_time_too_short_for_a_round_is_not_tried_for_ever(submit: Any, sleepy:
 
 
 @pytest.mark.slurm
+@pytest.mark.timeout(1200)
 def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
     job = submit(*SMALL, "--rounds", "300", "--checkpoint-every", "10", "--run-dir", str(tmp_path / "run"))
     job.wait_for_round(30, tmp_path / "run")
@@ -378,6 +380,7 @@ def test_a_lost_node_puts_the_job_back(tmp_path: Path, submit: Any) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_killed_node_daemon_puts_the_job_back(tmp_path: Path, submit: Any, which: int) -> None:
     """The ranks of its node live on, and nobody can tell them to end; the first node has the server and the script."""
