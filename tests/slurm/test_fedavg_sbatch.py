@@ -271,7 +271,7 @@ def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(
     tmp_path: Path, submit: Any, sleepy: Path, launcher: str
 ) -> None:
     """A minute a leg, and no signal before its end: it is fedmpi that asks Slurm for the time that is left."""
-    options = ["--rounds", "160", "--cohort-size", "7", "--model", "sleepy:net"]
+    options = ["--rounds", "110", "--cohort-size", "7", "--model", "sleepy:net"]
     job = submit(
         *SMALL, *options, "--run-dir", str(tmp_path / "run"), launcher=launcher, injected=sleepy, EVALUATION_S="0.3",
         slurm=["--time=1", "--signal=B:USR1@0"],
@@ -281,7 +281,7 @@ def test_a_job_out_of_time_comes_back_until_all_rounds_are_done(
     assert int(job.told()["Restarts"]) >= 1
     assert re.search(r"left of the time limit of Slurm job \d+: stopping after round \d+", log), log
     assert "requeued, leg 2" in log
-    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 160
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 110
     assert model_of(log) == in_one_piece(*options, injected=sleepy)
 
 
