@@ -131,7 +131,7 @@ def chain_from(job: SlurmJob, name: str, task: str = "") -> list[tuple[int, str]
 
     `name`: of the jobs; `task`: "_1" in an array.
     """
-    chain = [job.ended()]
+    chain = [job.ended(limit_s=900)]  # a requeued job is held for two minutes
     while found := re.search(r"going on in job (\d+), leg \d", chain[-1][1]):
         number = found[1] + task
         chain.append(SlurmJob(number, job.log_file.with_name(f"{name}-{number}.log")).ended())
@@ -437,7 +437,7 @@ def test_a_task_of_a_sweep_that_runs_out_of_time_goes_on(
     tmp_path: Path, submit: Any, sleepy: Path, on_stop: str
 ) -> None:
     (tmp_path / "grid.txt").write_text("--seed 1\n--seed 2\n")
-    options = ["--model", "sleepy:net", "--rounds", "20", "--max-seconds", "30", "--checkpoint-every", "1"]
+    options = ["--model", "sleepy:net", "--rounds", "15", "--max-seconds", "30", "--checkpoint-every", "1"]
     job = submit(
         "grid.txt", *SMALL, *options, script=SCRIPT.with_name("sweep.sbatch"), injected=sleepy, EVALUATION_S="0.5",
         slurm=["--array=2", f"--output={tmp_path}/sweep-%a.log", "--time=5"],
