@@ -29,6 +29,11 @@ def mpiexec() -> str:
     return str(beside) if beside.exists() else shutil.which("mpiexec") or "mpiexec"
 
 
+def under_open_mpi() -> bool:
+    """Whether that is Open MPI's."""
+    return "Open MPI" in subprocess.run([mpiexec(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def clean_environment(extra: dict[str, str]) -> dict[str, str]:
     """This process's and `extra`, without what a launcher or Slurm left in it; as root Open MPI wants to be asked."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_COMM", "SLURM"))}

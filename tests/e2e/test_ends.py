@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.e2e.conftest import SMALL
+from tests.e2e.conftest import SMALL, under_open_mpi
 
 MODEL = """
 import os, sys, time
@@ -124,10 +124,13 @@ def test_ctrl_c(start, times):
         if running.process.poll() is None:
             os.killpg(running.process.pid, signal.SIGINT)
     result = running.end(30)
-    assert result.code == 75 if times == 1 else result.code not in (0, 2, 3, 75), result.text
+    if under_open_mpi():  # its launcher ends the job itself, in its own way
+        assert result.code not in (0, 2, 3), result.text
+    else:
+        assert result.code == 75 if times == 1 else result.code not in (0, 2, 3, 75), result.text
+        assert result.text.count("interrupted") == 1, "it is told once, and at once"
     assert time.monotonic() - begun < ENDS_WITHIN_S
     assert "Traceback" not in result.text
-    assert result.text.count("interrupted") == 1, "it is told once, and at once"
     assert gone(running)
     assert len(result.history()) >= 2
 
