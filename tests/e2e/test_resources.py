@@ -60,19 +60,23 @@ def test_memory_does_not_grow_with_time(start):
 
 
 def test_ranks_without_work_leave_the_cores_alone(start):
-    """One client a round: six of seven trainers wait."""
-    args = "--dataset mnist --model cnn --cohort-size 1 --rounds 4 --eval-every 100".split()
+    """One client a round: six of seven trainers wait. The fastest rounds are compared: the machine may be shared."""
+    args = "--dataset mnist --model cnn --cohort-size 1 --rounds 5 --eval-every 100".split()
     seconds = {}
     for num_ranks in (2, 8):
         running = start(num_ranks, *args, name=f"n{num_ranks}")
         running.wait_for_round(1)
         begun, spent = time.monotonic(), {pid: -cpu_seconds(pid) for pid in running.ranks()}
-        running.wait_for_round(3)
-        seconds[num_ranks] = time.monotonic() - begun
-        shares = sorted((spent[pid] + cpu_seconds(pid)) / seconds[num_ranks] for pid in spent)
-        assert running.end().code == 0
-        if num_ranks == 8:  # the server, and two trainers that may have had the two clients, work
-            assert all(share < 0.05 for share in shares[:5]), shares
+        running.wait_for_round(4)
+        for_s = time.monotonic() - begun
+        shares = sorted((spent[pid] + cpu_seconds(pid)) / for_s for pid in spent)
+        ended = running.end()
+        assert ended.code == 0, ended.text
+        timings = [row["timings"] for row in ended.rows()[:-1]]  # the last has the evaluation
+        seconds[num_ranks] = min(each["round_s"] for each in timings)
+        idle = sum(not any(busy) for busy in zip(*(each["busy_s"] for each in timings), strict=True))
+        assert idle >= num_ranks - 1 - len(timings)
+        assert all(share < 0.05 for share in shares[:idle]), shares
     assert seconds[8] < 1.2 * seconds[2], seconds
 
 
