@@ -116,6 +116,7 @@ def test_a_killed_node_daemon_puts_the_job_back(tmp_path: Path, submit: Any, whi
     os.kill(int(Path(os.environ["FEDMPI_TEST_SLURMD_PIDS"], f"{node}.pid").read_text()), signal.SIGKILL)
     code, log = job.ended(limit_s=500)
     assert code == 0, log
+    assert "going on after round" in log
     assert model_of(log) == in_one_piece("--rounds", "2000")
 
 
