@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedmpi.core import pulse
 from fedmpi.core.errors import ModelError
+from fedmpi.core.model_checks import check_model
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.vector import SerializationTool, flatten
 
@@ -70,6 +71,7 @@ class ClientTrainer(ABC):
             ModelError: the model has entries that are not float32.
         """
         self.device = torch.device("cuda" if cuda else "cpu") if isinstance(cuda, bool) else torch.device(cuda)
+        check_model(model)  # memory that two tensors share comes apart when they are moved
         self.model = model.to(self.device)
         self._vector = flatten(self.model)
         self.client_id = 0

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.core.errors import ModelError
+from fedmpi.core.model_checks import bytes_of, check_model, check_state, is_entry, named_tensors
+from fedmpi.core.views import remember_views
 
 
 class SerializationTool:
@@ -41,9 +43,17 @@ class SerializationTool:
     ) -> None:
         """Write a (P,) vector into the model, in place.
 
+        Args:
+            model: the module.
+            serialized_parameters: (P,), of any dtype; values are rounded to float32 as they are written.
+            mode: overwrite, add to the model, or subtract from it.
+
         Raises:
+            ValueError: there is no such mode.
             ModelError: the vector has another length than the model.
         """
+        if mode not in ("copy", "add", "sub"):
+            raise ValueError(f"mode must be 'copy', 'add' or 'sub', got {mode!r}")
         entries = list(_entries(model))
         want = sum(t.numel() for _, t in entries)
         if serialized_parameters.numel() != want:
@@ -64,15 +74,15 @@ def flatten(model: nn.Module) -> Tensor:
     The parameters stay the same objects, so an optimizer made before still holds them. Flattening twice is harmless.
 
     Raises:
-        ModelError: names the tensor that is not float32, or says that nothing is trainable.
+        ModelError: names what cannot be a view or cannot be saved, or says that nothing is trainable.
     """
+    check_model(model)
     entries = list(_entries(model))
     for name, tensor in entries:
-        if nn.parameter.is_lazy(tensor):
-            raise ModelError(f"{name!r} has no shape yet (a lazy module): run one forward pass in the model's function")
         if tensor.dtype != torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ModelError(f"{name!r} is {dtype}; fedmpi trains float32: return model.float()")
+            mend = "keep its real and imaginary parts in two" if tensor.is_complex() else "return model.float()"
+            raise ModelError(f"{name!r} is {dtype}; fedmpi trains float32: {mend}")
     if num_trainable(model) == 0:
         raise ModelError("the model has no trainable parameter (requires_grad=True)")
     vector = SerializationTool.serialize_model(model)
@@ -80,6 +90,7 @@ def flatten(model: nn.Module) -> Tensor:
     for _, tensor in entries:
         tensor.data = vector[offset : offset + tensor.numel()].view(tensor.shape)
         offset += tensor.numel()
+    remember_views(model)
     return vector
 
 
@@ -106,25 +117,28 @@ def load_integer_state(model: nn.Module, state: NDArray[np.int64]) -> None:
 def model_facts(model: nn.Module) -> dict[str, object]:
     """What must be alike on all ranks before a vector is sent: names, shapes, dtypes, and the frozen values."""
     digest = hashlib.sha256()
-    in_vector = {id(t) for _, t in _entries(model)}
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if id(tensor) not in in_vector and isinstance(tensor, nn.Parameter):  # integer buffers come with every order
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if isinstance(tensor, nn.Parameter) and not is_entry(tensor):  # integer buffers come with every order
+            digest.update(bytes_of(tensor))
     return {"parameter count": sum(t.numel() for _, t in _entries(model)), "model layout": digest.hexdigest()[:16]}
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict as plain tensors on CPU, in memory of their own: what model.pt holds.
+
+    Raises:
+        ModelError: names what cannot be saved; `flatten` has then said so at the start.
+    """
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in check_state(model).items()}
 
 
 def vector_hash(state: dict[str, Tensor]) -> str:
     """The first 16 hex digits of SHA-256 over a state dict's values in key order: two runs with equal bits share it."""
     digest = hashlib.sha256()
     for key in sorted(state):
-        digest.update(state[key].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(bytes_of(state[key]))
     return digest.hexdigest()[:16]
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -132,9 +146,8 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from _trainable(model)
-    yield from ((name, b) for name, b in model.named_buffers() if b.is_floating_point() or b.is_complex())
+    return ((name, tensor) for name, tensor in named_tensors(model) if is_entry(tensor))
 
 
 def _integer_buffers(model: nn.Module) -> Iterable[Tensor]:
-    return (b for b in model.buffers() if not (b.is_floating_point() or b.is_complex()))
+    return (b for b in model.buffers() if not is_entry(b))

@@ -26,6 +26,7 @@ from fedmpi.core.files import atomic_write, remove_temps
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.lock import FileLock
 from fedmpi.core.messages import RoundRecord
+from fedmpi.core.vector import model_state
 from fedmpi.options import to_yaml
 from fedmpi.report.history import History, check_history
 from fedmpi.report.same_run import description, refuse_other_run, warn_of_other_bits
@@ -181,7 +182,7 @@ class RunFolder:
     def on_end(self, handler: SyncParameterServerHandler) -> None:
         """Write model.pt, a plain state dict on CPU."""
         buffer = io.BytesIO()
-        torch.save({name: tensor.detach().cpu().clone() for name, tensor in handler.model.state_dict().items()}, buffer)
+        torch.save(model_state(handler.model), buffer)
         atomic_write(self.path / MODEL, buffer.getvalue())
 
     def write_timeline(self, trace: str) -> None:

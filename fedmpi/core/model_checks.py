@@ -1,0 +1,162 @@
+"""Refusals of models whose tensors cannot become views of one vector, or cannot be saved; each names the part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fedmpi.core.errors import ModelError
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained as one vector; call it before the model is moved or flattened.
+
+    Raises:
+        ModelError: names the tensor or the module, and says what to do.
+    """
+    for name, tensor in named_tensors(model):
+        _check_tensor(name, tensor)
+    _check_memory(model)
+    check_state(model)
+
+
+def check_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict, of tensors only; nothing is copied.
+
+    Raises:
+        ModelError: names the entry that is no plain tensor.
+    """
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ModelError(
+                f"module {name!r} ({type(module).__name__}) has get_extra_state(), which fedmpi neither sends nor saves"
+                ": keep it in buffers"
+            )
+    try:
+        state: dict[str, object] = model.state_dict()
+    except Exception as error:  # a user's hook may raise anything
+        raise ModelError(f"the model's state_dict() fails ({type(error).__name__}: {_line(error)})") from error
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(f"the model's state_dict() has {name!r}, a {type(value).__name__}: only tensors are saved")
+        _check_tensor(name, value)
+    return state  # type: ignore[return-value]  # tensors only, as just checked
+
+
+def is_entry(tensor: Tensor) -> bool:
+    """Return True for what the vector holds: trainable parameters and float buffers."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor.requires_grad
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, each object once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's values as bytes, in the order of its indices, for any dtype."""
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return dense.view(torch.uint8).numpy().data
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ModelError(f"{name!r} has no shape yet (a lazy module): run one forward pass in the model's function")
+    kind = _odd_kind(tensor)
+    if kind is not None:
+        raise ModelError(f"{name!r} is {kind}: fedmpi sends and saves plain dense tensors only")
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(tensor).__name__}"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.").replace("_", " ")
+    if tensor.device.type == "meta":
+        return "on the meta device, without values"
+    return None
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse memory shared in another way than by one parameter object: as views of the vector it would come apart."""
+    tensors = list(named_tensors(model))
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors:
+        if tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for group in by_storage.values():
+        if any(is_entry(tensor) for _, tensor in group):
+            _check_overlap(group)
+    known = {id(tensor) for _, tensor in tensors}
+    for name, value in _tensor_attributes(model):
+        if id(value) not in known and value.layout is torch.strided and value.numel():
+            for other, tensor in by_storage.get(value.untyped_storage().data_ptr(), ()):
+                if is_entry(tensor) and _overlap(value, tensor):
+                    raise ModelError(
+                        f"attribute {name!r} shares memory with {other!r}, which fedmpi moves into one vector: compute"
+                        " it in forward()"
+                    )
+
+
+def _check_overlap(group: list[tuple[str, Tensor]]) -> None:
+    ordered = sorted(group, key=lambda pair: pair[1].data_ptr())
+    for i, (name, tensor) in enumerate(ordered):
+        if is_entry(tensor) and _span(tensor) < tensor.numel():
+            raise ModelError(f"{name!r} repeats its own memory (expand): use .contiguous(), or expand it in forward()")
+        for other, later in ordered[i + 1 :]:
+            if later.data_ptr() >= tensor.data_ptr() + _span(tensor) * tensor.element_size():
+                break
+            if (is_entry(tensor) or is_entry(later)) and _overlap(tensor, later):
+                raise ModelError(
+                    f"{name!r} and {other!r} share memory but are two tensors (a transpose, a view): tie them by one"
+                    " parameter object, or compute one of them in forward()"
+                )
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last in memory, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Return True if an element of one, in the same storage, is also one of the other."""
+    ranges = sorted((t.data_ptr(), t.data_ptr() + _span(t) * t.element_size()) for t in (one, other))
+    if ranges[1][0] >= ranges[0][1]:
+        return False
+    if one.element_size() != other.element_size():
+        return True
+    start = int(min(one.storage_offset(), other.storage_offset()))
+    stop = int(max(t.storage_offset() + _span(t) for t in (one, other)))
+    marks = torch.zeros(stop - start, dtype=torch.bool, device="cpu")
+    _view(marks, one, start).fill_(True)
+    return bool(_view(marks, other, start).any())
+
+
+def _view(marks: Tensor, tensor: Tensor, start: int) -> Tensor:
+    size = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return marks.as_strided(size, tensor.stride(), tensor.storage_offset() - start)
+
+
+def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors among the plain attributes, also in lists, tuples and dicts."""
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            for tensor in values:
+                if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
+                    yield f"{prefix}.{key}".lstrip("."), tensor
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,109 @@
+"""A check that a model's tensors still are the views of one vector that `flatten` made them."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedmpi.core.errors import ModelError
+from fedmpi.core.model_checks import bytes_of, is_entry
+
+Registry = dict[str, Any]
+"""A module's dict of parameters, buffers or modules."""
+
+
+def remember_views(model: nn.Module) -> None:
+    """Note where every tensor of a flattened model is registered and lies, for `check_views`."""
+    _views[model] = _Views(model)
+
+
+def check_views(model: nn.Module) -> None:
+    """Make sure that the model's tensors still are those that `flatten` made views, each at its place.
+
+    A forward pass may replace them: `self.scale = ...`, `weight.data = ...`, a new `nn.Parameter`. From then on what is
+    sent is not what is trained. Costs a few comparisons per tensor.
+
+    Raises:
+        ModelError: names the tensor, and says what to do; or `flatten` has never seen this model.
+    """
+    views = _views.get(model)
+    if views is None:
+        raise ModelError(f"the trainer's model is now another {type(model).__name__} than the one it was made with")
+    views.check()
+
+
+class _Views:
+    def __init__(self, model: nn.Module) -> None:
+        self._modules: list[tuple[Registry, str, Any, str]] = []  # also what is None
+        self._tensors: list[tuple[Registry, str, Tensor, int, tuple[int, ...], bool, str]] = []
+        self._frozen: list[list[Any]] = []  # name, parameter, version, checksum
+        self._others: list[tuple[Registry, str, Tensor, str]] = []  # integer buffers, which are copied in and out
+        self._lengths: list[tuple[Registry, int, str]] = []
+        for prefix, module in model.named_modules():
+            for registry in (module._modules, module._parameters, module._buffers):
+                self._lengths.append((registry, len(registry), prefix))
+                for key, part in registry.items():
+                    self._note(registry, key, part, f"{prefix}.{key}".lstrip("."))
+
+    def _note(self, registry: Registry, key: str, part: Any, name: str) -> None:
+        if not isinstance(part, Tensor):
+            self._modules.append((registry, key, part, name))
+        elif is_entry(part) or isinstance(part, nn.Parameter):
+            self._tensors.append((registry, key, part, part.data_ptr(), part.stride(), part.requires_grad, name))
+            if not is_entry(part):
+                self._frozen.append([name, part, part._version, zlib.crc32(bytes_of(part))])
+        else:
+            self._others.append((registry, key, part, name))
+
+    def check(self) -> None:
+        for registry, key, tensor, address, stride, trained, name in self._tensors:
+            current = registry.get(key)
+            if current is not tensor:
+                if not isinstance(current, Tensor) or isinstance(tensor, nn.Parameter):
+                    raise _replaced(name)
+                if (current.dtype, current.shape) != (tensor.dtype, tensor.shape):
+                    raise _replaced(name)
+                tensor = current
+            if tensor.data_ptr() != address or tensor.stride() != stride:
+                raise _replaced(name)
+            if tensor.requires_grad != trained:
+                raise ModelError(f"training set {name}.requires_grad to {not trained}: leave it as it was at the start")
+        for registry, key, module, name in self._modules:
+            if registry.get(key) is not module:
+                raise _replaced(name)
+        for registry, key, tensor, name in self._others:
+            current = registry.get(key)
+            if not isinstance(current, Tensor) or (current.shape, current.dtype) != (tensor.shape, tensor.dtype):
+                raise _replaced(name)
+        for registry, length, prefix in self._lengths:
+            if len(registry) != length:
+                name = f"{prefix}.{next(reversed(registry), '')}".lstrip(".")
+                raise ModelError(
+                    f"training added or removed a part of the model ({name!r}): register all of them in the model's"
+                    " function"
+                )
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
+        for entry in self._frozen:
+            name, tensor, version, checksum = entry
+            if tensor._version != version:
+                if zlib.crc32(bytes_of(tensor)) != checksum:
+                    raise ModelError(
+                        f"training changed {name!r}, which has requires_grad=False and so is never sent: register it as"
+                        " a buffer"
+                    )
+                entry[2] = tensor._version
+
+
+def _replaced(name: str) -> ModelError:
+    return ModelError(
+        f"training replaced {name!r} by another object, which fedmpi neither trains nor sends: write into the one there"
+        " is (with torch.no_grad(): old.copy_(new)), or keep what is no state in a plain attribute"
+    )
+
+
+_views: weakref.WeakKeyDictionary[nn.Module, _Views] = weakref.WeakKeyDictionary()
