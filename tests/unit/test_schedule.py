@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmpi.core.schedule import CostModel, place, queue
+from fedmpi.core.schedule import CostModel, helping, place, queue
 
 sizes = st.lists(st.integers(0, 60_000), min_size=1, max_size=60)
 
@@ -100,3 +101,25 @@ def test_equal_clients_leave_the_first_guess_alone() -> None:
     model = CostModel()
     model.observe(np.array([60, 60]), np.array([1.0, 3.0]))
     assert model.costs(np.array([60])).tolist() == [80]
+
+
+@pytest.mark.parametrize(("num_trainers", "most"), [(2, 5), (10, 1), (19, 1), (50, 1)])
+def test_no_draw_leaves_others_without(num_trainers: int, most: int) -> None:
+    """20 clients of one step, of which a draw takes 12 where there are many: half of an even share."""
+    left, draws = 20, []
+    while left:
+        draws.append(helping(left, num_trainers, 12))
+        left -= draws[-1]
+    assert max(draws) <= most
+    assert draws[-1] == 1
+
+
+@given(st.integers(1, 10**6), st.integers(1, 1000), st.integers(1, 20))
+def test_a_draw_is_within_what_is_left(num_left: int, num_trainers: int, least: int) -> None:
+    assert 1 <= helping(num_left, num_trainers, least) <= num_left
+
+
+def test_many_clients_are_drawn_many_at_a_time() -> None:
+    assert helping(1000, 2, 12) == 31
+    assert helping(100, 2, 12) == 12
+    assert helping(100, 2, 1) == 3
