@@ -111,6 +111,11 @@ class Boundary:
             self._keeper.finish()
 
     @property
+    def keeps(self) -> bool:
+        """True if checkpoints are written."""
+        return self._keeper is not None
+
+    @property
     def how_to_go_on(self) -> str:
         """For the user, when a job is stopped."""
         return self._keeper.how_to_go_on if self._keeper else "nothing was kept"

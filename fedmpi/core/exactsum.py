@@ -4,7 +4,8 @@ Client k adds round(n_k * (w_k - w) * 2^s) as int64. Integer addition is associa
 order of arrival and any MPI reduction gives the same bits. `s` is known before the round starts; it is the largest with
 which, for |w_k - w| < 2^7, no single term passes 2^51 and no sum passes 2^62. A client whose update reaches 2^7
 puts its whole vector into a coarser bin (each 2^40 times coarser, each an exact sum of its own), and what that bin
-rounds away into the next finer one, down to bin 0; where it starts depends on that client alone.
+rounds away into the next finer one, down to bin 0; where it starts depends on that client alone. An entry with the very
+bits it was sent with adds nothing, also where it is not finite (a mask of -inf).
 
 The mean is off by at most 2^-43 * (largest weight / mean weight), or by K * 2^-53 where that is more, plus 2^-50 of the
 cohort's largest |w_k - w|.
@@ -18,14 +19,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmpi.core.errors import ConfigError
+
 _RANGE_BITS = 7  # |w_k - w| below 2^7 goes to bin 0
 _BIN_BITS = 40  # bin j takes updates below 2^(7 + 40 j)
+_LARGEST_WEIGHT = 2**30
 _BLOCK = 2**16  # entries: for shorter blocks, calls cost more than memory
 _MAGIC = 1.5 * 2.0**52  # x + _MAGIC has the integer nearest to x in its low mantissa bits, for |x| <= 2^51
 _MAGIC_BITS = 0x4338_0000_0000_0000  # the bits of _MAGIC itself
@@ -41,6 +47,32 @@ def scale_exponent(weight_total: int, weight_max: int) -> int:
     term = 51 - _RANGE_BITS - math.ceil(math.log2(max(weight_max, 1)))
     total = 61 - _RANGE_BITS - math.ceil(math.log2(max(weight_total, 1)))
     return min(term, total)
+
+
+def integer_weights(weights: NDArray[Any] | Sequence[float]) -> NDArray[np.int64]:
+    """Weights as the integers that the exact sum counts with, which are in proportion to them.
+
+    Whole numbers up to 2^30 stay as they are. Others are scaled so that the largest becomes 2^30, and rounded: off by
+    at most 2^-31 of the largest.
+
+    Args:
+        weights: (K,) numbers >= 0.
+
+    Raises:
+        ConfigError: one is negative, not finite or no number.
+    """
+    try:
+        given = np.asarray(weights, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"weights must be numbers >= 0: {error}") from error
+    if given.ndim != 1 or not np.isfinite(given).all() or (given < 0).any():
+        wrong = given[~(np.isfinite(given) & (given >= 0))]
+        found = f"{wrong.flat[0]}" if wrong.size else f"an array of shape {given.shape}"
+        raise ConfigError(f"weights must be finite numbers >= 0, one per client of the cohort, got {found}")
+    largest = given.max(initial=0.0)
+    if largest <= _LARGEST_WEIGHT and (given == np.rint(given)).all():
+        return np.asarray(given, np.int64)
+    return np.asarray(np.rint(given / largest * _LARGEST_WEIGHT), np.int64)
 
 
 class ExactSum:
@@ -73,12 +105,11 @@ class ExactSum:
         """
         if bin_idx is None and self.in_range(_largest(vector)):
             bin_idx = 0
-        if bin_idx == 0 and vector.device.type == "cpu":
+        if bin_idx == 0 and vector.device.type == "cpu" and math.isfinite(self._largest):
             self.add_piece(slice(0, len(vector)), vector.numpy(), weight)
             self.count(1)
             return 0
-        self._term.copy_(vector)
-        self._term.sub_(self._reference)
+        self._subtract(vector)
         if bin_idx is None:
             bin_idx = _bin_of(self._term)
             if bin_idx is None:
@@ -115,7 +146,14 @@ class ExactSum:
 
     def bin_of(self, vector: Tensor) -> int | None:
         """What `add` would return, without adding."""
-        return _bin_of(self._term.copy_(vector).sub_(self._reference))
+        self._subtract(vector)
+        return _bin_of(self._term)
+
+    def _subtract(self, vector: Tensor) -> None:
+        """Make the term w_k - w, which is 0 where both are the same bits, also where these are not finite."""
+        self._term.copy_(vector).sub_(self._reference)
+        if not math.isfinite(self._largest):
+            self._term.masked_fill_(vector.view(torch.int32) == self._start.view(torch.int32), 0)
 
     @property
     def num_bins(self) -> int:

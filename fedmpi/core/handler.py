@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedmpi.core.errors import CheckpointError, ConfigError
 from fedmpi.core.evaluate import Metrics
-from fedmpi.core.exactsum import ExactSum
+from fedmpi.core.exactsum import ExactSum, integer_weights
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.vector import flatten, integer_state, load_integer_state
 
@@ -59,12 +59,14 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
     What to override, from the least to the most: `step` (uses only the weighted mean update, which arrives as one exact
     sum), `aggregate` (any rule that works column by column; rows arrive in blocks, so memory stays bounded), and
     `update_model` (sees whole vectors; the server then holds the cohort's K x P at once). An override of one of the
-    latter two makes rows travel instead of the sum.
+    latter two makes rows travel instead of the sum. Whatever they do, float buffers (BatchNorm statistics) end the
+    round as the weighted mean of the cohort's.
 
     Attributes:
         round_idx: rounds finished so far.
         cohort: (K,) the client ids of the round at hand, ascending.
-        weights: (K,) their sample counts.
+        weights: (K,) their weights in the mean: the sample counts, unless `sample_clients` sets others (any numbers
+            >= 0, in the order of the ids it returns).
         client_sizes: (N,) sample counts of all clients, set before the first round.
         metrics: the last evaluation of the global model, None before the first.
     """
@@ -105,15 +107,51 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         self.seed = seed
         self.round_idx = 0
         self.cohort: NDArray[np.int64] = np.empty(0, np.int64)
-        self.weights: NDArray[np.int64] = np.empty(0, np.int64)
+        self.weights: NDArray[Any] = np.empty(0, np.int64)
+        self._counts: NDArray[Any] = self.weights  # the weights, while nobody has set others
         self.client_sizes: NDArray[np.int64] = np.empty(0, np.int64)
         self.metrics: Metrics | None = None
+
+    def begin_round(self) -> NDArray[np.int64]:
+        """Sample the cohort of this round and see that it is one; sorts `cohort` and `weights` by client id.
+
+        Returns:
+            (K,) the weights as the integers that travel; K may be 0.
+
+        Raises:
+            ConfigError: `sample_clients` returned ids that are no clients, or one of them twice, or the weights are
+                not one number >= 0 for each.
+        """
+        if self.weights is self._counts:
+            self.weights = np.empty(0, np.int64)  # those of the round before
+        ids = np.asarray(self.sample_clients())
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
+            raise ConfigError(f"sample_clients must return client ids, got {ids.dtype} of shape {ids.shape}")
+        ids = ids.astype(np.int64)
+        order = np.argsort(ids)
+        cohort = ids[order]
+        if len(ids) and not 0 <= cohort[0] <= cohort[-1] < self.num_clients:
+            raise ConfigError(f"client ids must be in [0, {self.num_clients}), got {cohort[0]} to {cohort[-1]}")
+        if (twice := cohort[1:][cohort[1:] == cohort[:-1]]).size:
+            raise ConfigError(f"client {twice[0]} is twice in the cohort: give it twice the weight instead")
+        weights: Any = self.weights
+        untouched = weights is self._counts and np.array_equal(weights, self.client_sizes[self.cohort])
+        by_default = untouched or not len(weights)
+        if by_default:
+            weights = self.client_sizes[ids]
+        if len(weights) != len(ids):
+            raise ConfigError(f"weights must be one number for each of {len(ids)} clients, got {len(weights)}")
+        travel = integer_weights(weights)[order]
+        self.cohort, self.weights = cohort, np.asarray(weights)[order]
+        if by_default:
+            self._counts = self.weights
+        return travel
 
     def sample_clients(self) -> NDArray[np.int64]:
         """(K,) distinct client ids, ascending; uniform, and the same for a (seed, round) whatever else differs."""
         rng = np.random.default_rng(derive_seed(self.seed, Stream.COHORT, self.round_idx))
         self.cohort = np.sort(rng.choice(self.num_clients, self.cohort_size, replace=False, shuffle=False))
-        self.weights = self.client_sizes[self.cohort]
+        self.weights = self._counts = self.client_sizes[self.cohort]
         return self.cohort
 
     def stop_condition(self) -> bool:
@@ -151,9 +189,10 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
 
     def update_model(self, model_parameters_list: list[Tensor]) -> None:
         """FedAvg over whole vectors: the same bits as the exact sum that travels by itself."""
-        exact = ExactSum(self._vector, int(self.weights.sum()), int(self.weights.max()))
-        for vector, weight in zip(model_parameters_list, self.weights, strict=True):
-            exact.add(vector, int(weight))
+        weights = integer_weights(self.weights)
+        exact = ExactSum(self._vector, int(weights.sum()), int(weights.max(initial=0)))
+        for vector, weight in zip(model_parameters_list, weights.tolist(), strict=True):
+            exact.add(vector, weight)
         self.step(exact.mean())
 
     def needs(self) -> Literal["sum", "blocks", "rows"]:

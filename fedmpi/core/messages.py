@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 SERVER_RANK = 0
 
-HEADER_SIZE = 10
+HEADER_SIZE = 8
 """int64 words of an order's header: magic, code, K, B, and the other integers of an `Order`."""
 
-_MAGIC = 0x4645444D5049_02  # FEDMPI, layout version 2
+_MAGIC = 0x4645444D5049_03  # FEDMPI, layout version 3
 
 
 class MessageCode(IntEnum):
@@ -46,10 +46,9 @@ class Order:
         cohort: (K,) int64 client ids, ascending.
         ranks: (K,) int64, the rank that trains each of them; or, if negative, -1 - its place in the line from which
             idle trainers draw.
+        weights: (K,) int64, their weights in the mean, as the server wants them (see `exactsum.integer_weights`).
         integer_state: (B,) int64, the model's integer buffers.
         exit_code: what the process returns, with EXIT.
-        weight_total: sum of the cohort's sample counts; with `weight_max` it fixes the scale of the exact sum.
-        weight_max: largest sample count in the cohort.
         rows: 1 if clients' vectors are to travel as rows, 0 if as an exact sum.
         longest_client_ms: the longest that a client took so far, or may take now; 0: unknown.
     """
@@ -58,10 +57,9 @@ class Order:
     round_idx: int = 0
     cohort: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     ranks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    weights: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     integer_state: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     exit_code: int = 0
-    weight_total: int = 0
-    weight_max: int = 0
     rows: int = 0
     longest_client_ms: int = 0
 
@@ -71,15 +69,28 @@ class Order:
         placed = len(self.ranks) > 0 and self.ranks[0] >= 0
         return int(np.bincount(self.ranks).max()) if placed else len(self.ranks)
 
+    @property
+    def weight_total(self) -> int:
+        """Sum of the weights; with `weight_max` it fixes the scale of the exact sum."""
+        return int(self.weights.sum())
+
+    @property
+    def weight_max(self) -> int:
+        """Largest of the weights; 0 for an empty cohort."""
+        return int(self.weights.max(initial=0))
+
+    def weight_of(self, client_id: int) -> int:
+        """The weight of a client of the cohort."""
+        return int(self.weights[np.searchsorted(self.cohort, client_id)])
+
     def header(self) -> NDArray[np.int64]:
         """(HEADER_SIZE,) int64; its length does not depend on the order."""
         what = (_MAGIC, self.code, len(self.cohort), len(self.integer_state), self.round_idx, self.exit_code)
-        how = (self.weight_total, self.weight_max, self.rows, self.longest_client_ms)
-        return np.array(what + how, np.int64)
+        return np.array((*what, self.rows, self.longest_client_ms), np.int64)
 
     def body(self) -> NDArray[np.int64]:
-        """(2K + B,) int64: cohort, ranks, integer state."""
-        return np.concatenate([self.cohort, self.ranks, self.integer_state])
+        """(3K + B,) int64: cohort, ranks, weights, integer state."""
+        return np.concatenate([self.cohort, self.ranks, self.weights, self.integer_state])
 
     @staticmethod
     def body_size(header: NDArray[np.int64]) -> int:
@@ -90,13 +101,14 @@ class Order:
         """
         if header[0] != _MAGIC:
             raise LaunchError("an order came in another layout: ranks run different versions of fedmpi")
-        return 2 * int(header[2]) + int(header[3])
+        return 3 * int(header[2]) + int(header[3])
 
     @classmethod
     def unpack(cls, header: NDArray[np.int64], body: NDArray[np.int64]) -> Order:
         """The order that `header()` and `body()` were made from."""
         _, code, k, _, round_idx, *others = (int(word) for word in header)
-        return cls(MessageCode(code), round_idx, body[:k], body[k : 2 * k], body[2 * k :], *others)
+        parts = body[:k], body[k : 2 * k], body[2 * k : 3 * k], body[3 * k :]
+        return cls(MessageCode(code), round_idx, *parts, *others)
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class ClientUpdate:
 
     Attributes:
         client_id: who.
-        num_samples: weight in the mean: samples of the client, not samples x epochs.
+        num_samples: samples of the client, not samples x epochs.
         loss: mean training loss over the client's steps; NaN when there is none.
         seconds: wall time of the training.
         bin_idx: bin of the exact sum that holds the update (see `exactsum`); None: the trained vector is not finite.

@@ -5,6 +5,7 @@ Shapes: P vector entries, K cohort, N clients.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
@@ -25,6 +27,8 @@ from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.manager import Buffer, NetworkManager, Observer
 from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
 from fedmpi.core.schedule import CostModel, is_pinned, place, queue
+from fedmpi.core.vector import num_trainable
+from fedmpi.core.views import check_views
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,9 @@ class ServerManager(NetworkManager):
         self._record: RoundRecord | None = None
         self._updates: list[ClientUpdate] = []
         self._result = torch.empty(0)
+        self._weights = np.empty(0, np.int64)
+        self._num_trainable = num_trainable(handler.model)
+        self._last_good: dict[str, Any] | None = None
         self._clock = RoundClock(net)
 
     def setup(self) -> None:
@@ -94,6 +101,8 @@ class ServerManager(NetworkManager):
         trainer = self.local.trainer if self.local else None
         if trainer is not None:
             trainer.seed = seed
+        if self.local is not None:
+            self.local.begin(num_clients)
         self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
         if self.net.max_of(int(self._draws)):
             self.net.open_line()
@@ -129,8 +138,11 @@ class ServerManager(NetworkManager):
     def activate_clients(self) -> Order:
         """The order that starts a round: who trains, and where."""
         handler = self.handler
-        cohort = handler.sample_clients()
-        costs, num_trainers = self._costs.costs(handler.weights), self.net.num_trainers
+        self._last_good = copy.deepcopy(handler.state_dict()) if self.boundary.keeps else None
+        self._weights = handler.begin_round()
+        cohort = handler.cohort
+        sizes = handler.client_sizes[cohort]
+        costs, num_trainers = self._costs.costs(sizes), self.net.num_trainers
         if self._draws and not is_pinned(len(cohort), num_trainers, handler.num_clients):
             ranks = -1 - queue(costs)
             self.net.begin_line()
@@ -138,7 +150,7 @@ class ServerManager(NetworkManager):
             ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"
         a_sample_s = max((update.seconds / max(1, update.num_samples) for update in self._updates), default=0.0)
-        longest_s = max(self.boundary.longest_client_s, a_sample_s * float(handler.weights.max()))
+        longest_s = max(self.boundary.longest_client_s, a_sample_s * float(sizes.max(initial=0)))
         self.boundary.longest_client_s = longest_s
         self._updates = []
         return Order(
@@ -146,9 +158,8 @@ class ServerManager(NetworkManager):
             handler.round_idx,
             cohort,
             ranks,
+            self._weights,
             handler.integer_state(),
-            weight_total=int(handler.weights.sum()),
-            weight_max=int(handler.weights.max()),
             rows=int(self._rows_travel),
             longest_client_ms=math.ceil(1e3 * longest_s),
         )
@@ -156,6 +167,9 @@ class ServerManager(NetworkManager):
     def shutdown_clients(self) -> Order:
         """The order that ends the job. What is to be kept is on disk before it goes out."""
         if self._failure is not None:
+            if self._last_good is not None:
+                state = {**self.state_dict(), "handler": self._last_good}
+                self.boundary.keep(int(self._last_good["round_idx"]), lambda: state, wait=True)
             logger.error("%s", self._failure)
             return Order(MessageCode.EXIT, exit_code=self._failure.exit_code)
         self.boundary.keep(self.handler.round_idx, self.state_dict, wait=True)
@@ -190,35 +204,36 @@ class ServerManager(NetworkManager):
             return
         self._clock.busy(sender_rank, sum(update.seconds for update in payload))
         self._updates += payload
-        if any(update.bin_idx is None for update in payload):
-            first = min(update.client_id for update in self._updates if update.bin_idx is None)  # on any placement
-            self._failure = DivergedError(
-                f"client {first}'s model is not finite after training in round {self.handler.round_idx}:"
-                " lower --client-lr"
-            )
 
     def on_block(self, columns: slice, rows: NDArray[np.float32]) -> None:
         """Bring the block into cohort order and have it aggregated, or kept if the handler wants whole vectors."""
+        if any(update.bin_idx is None for update in self._updates):
+            return  # a client has diverged: nothing is made of this round
         arrived = np.array([update.client_id for update in self._updates])
-        handler, block, order = self.handler, torch.from_numpy(rows), np.argsort(arrived)
-        reference = handler.model_parameters[columns]
+        handler, block = self.handler, torch.from_numpy(rows)[np.argsort(arrived)]
+        size = len(handler.model_parameters)
         if columns.start == 0:
-            dtype = torch.float64 if self._needs == "sum" else torch.float32
-            shape = (
-                (len(block), len(handler.model_parameters)) if self._needs == "rows" else handler.model_parameters.shape
-            )
-            self._result = torch.empty(shape, dtype=dtype)
+            shape = (len(block), size) if self._needs == "rows" else (size,)
+            self._result = torch.empty(shape, dtype=torch.float64 if self._needs == "sum" else torch.float32)
         if self._needs == "rows":
-            self._result[:, columns] = block[order]
+            self._result[:, columns] = block
         elif self._needs == "blocks":
-            self._result[columns] = handler.aggregate(block[order], reference)
+            split = min(columns.stop, max(columns.start, self._num_trainable)) - columns.start
+            new, reference = self._result[columns], handler.model_parameters[columns]
+            if split:
+                new[:split] = handler.aggregate(block[:, :split].contiguous(), reference[:split])
+            if split < len(new):
+                new[split:] = self._mean_of(block[:, split:], reference[split:]).add_(reference[split:])
         else:
-            bins = {update.client_id: update.bin_idx for update in self._updates}
-            exact = ExactSum(reference, int(handler.weights.sum()), int(handler.weights.max()))
-            who = zip(handler.cohort.tolist(), order.tolist(), handler.weights.tolist(), strict=True)
-            for client_id, row_idx, weight in who:
-                exact.add(block[row_idx], weight, bins[client_id])
-            self._result[columns] = exact.mean()
+            self._result[columns] = self._mean_of(block, handler.model_parameters[columns])
+
+    def _mean_of(self, rows: Tensor, reference: Tensor) -> Tensor:
+        """(B,) float64: the weighted mean update of (K, B) rows in cohort order, with the bits of the exact sum."""
+        exact = ExactSum(reference, int(self._weights.sum()), int(self._weights.max(initial=0)))
+        bins = {update.client_id: update.bin_idx for update in self._updates}
+        for client_id, row, weight in zip(self.handler.cohort.tolist(), rows, self._weights.tolist(), strict=True):
+            exact.add(row, weight, bins[client_id])
+        return exact.mean()
 
     def finish_round(self, order: Order, work: LocalWork) -> None:
         """The server step, or the end of an evaluation; then tell the observers."""
@@ -231,38 +246,65 @@ class ServerManager(NetworkManager):
             self.handler.metrics = metrics_of(work.metrics)
             self._report(self.handler.metrics)
             return
+        self._clock.collected()
+        handler = self.handler
+        self._updates.sort(key=lambda update: update.client_id)
+        if self._updates:
+            self._failure = self._diverged_clients(order.round_idx) or self._server_step(order.round_idx, work)
         if self._failure is not None:
             return
-        handler = self.handler
-        self._clock.collected()
-        if self._needs == "rows":
-            handler.update_model(list(self._result))
-        elif self._needs == "blocks":
-            handler.model_parameters.copy_(self._result)
-        elif work.exact is not None:
-            handler.step(work.exact.mean().cpu())
-        else:
-            handler.step(self._result)
-        trained = [(update.num_samples, update.seconds) for update in self._updates]
-        self._costs.observe(*(np.array(column) for column in zip(*trained, strict=True)))
-        self._updates.sort(key=lambda update: update.client_id)
-        handler.update_integer_state([update.integer_state for update in self._updates])
         handler.round_idx += 1
-        self._result = torch.empty(0)
-        if not bool(torch.isfinite(handler.model_parameters).all()):
-            self._failure = DivergedError(
-                f"the global model is not finite after round {order.round_idx}: lower --server-lr or --client-lr"
-            )
-            return
         self._clock.stepped()
         due = handler.stop_condition() or (self.eval_every > 0 and handler.round_idx % self.eval_every == 0)
         self._evaluation_due = self.eval_every > 0 and due
         if not self._evaluation_due:
             self._report(None)
 
+    def _diverged_clients(self, round_idx: int) -> DivergedError | None:
+        """The error that names the clients whose model is not finite, if there are any."""
+        bad = [update.client_id for update in self._updates if update.bin_idx is None]
+        if not bad:
+            return None
+        who = (
+            f"client {bad[0]}'s model is" if len(bad) == 1 else f"the models of clients {', '.join(map(str, bad))} are"
+        )
+        return DivergedError(
+            f"{who} not finite after training in round {round_idx}: lower --client-lr{_last_good(round_idx)}"
+        )
+
+    def _server_step(self, round_idx: int, work: LocalWork) -> DivergedError | None:
+        """Make the global model of what has arrived; the error to end with if that is not finite."""
+        handler, vector = self.handler, self.handler.model_parameters
+        buffers = vector[self._num_trainable :]
+        before = buffers.clone()
+        mean = work.exact.mean().cpu() if work.exact is not None else self._result
+        if self._needs == "rows":
+            averaged = self._mean_of(self._result[:, self._num_trainable :], before).add_(before)
+            handler.update_model(list(self._result))
+        elif self._needs == "blocks":
+            averaged = self._result[self._num_trainable :]
+            vector.copy_(self._result)
+        else:
+            averaged = mean[self._num_trainable :] + before
+            handler.step(mean)
+        buffers.copy_(averaged)
+        self._result = torch.empty(0)
+        trained = [(update.num_samples, update.seconds) for update in self._updates]
+        self._costs.observe(*(np.array(column) for column in zip(*trained, strict=True)))
+        check_views(handler.model)
+        handler.update_integer_state([update.integer_state for update in self._updates])
+        finite = torch.isfinite(vector)
+        finite[self._num_trainable :] |= buffers.view(torch.int32) == before.view(torch.int32)  # a mask of -inf
+        if bool(finite.all()):
+            return None
+        return DivergedError(
+            f"the global model is not finite after round {round_idx}: lower --server-lr or --client-lr"
+            f"{_last_good(round_idx)}"
+        )
+
     def _report(self, metrics: Metrics | None) -> None:
         handler = self.handler
-        num_samples = int(handler.weights.sum())
+        num_samples = int(handler.client_sizes[handler.cohort].sum())
         loss = sum(u.num_samples * u.loss for u in self._updates if u.num_samples) / max(num_samples, 1)
         traffic = 4 * len(handler.cohort) * len(handler.model_parameters)
         record = RoundRecord(
@@ -279,3 +321,7 @@ class ServerManager(NetworkManager):
         for observer in self.observers:
             observer.on_round(record)
         self.boundary.after_round(handler.round_idx, record.timings["round_s"], self.state_dict)
+
+
+def _last_good(round_idx: int) -> str:
+    return f"; the last good round is {round_idx - 1}" if round_idx else "; no round was good"

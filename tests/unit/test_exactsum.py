@@ -236,3 +236,27 @@ def test_extreme_terms_come_back_exactly() -> None:
         exact.add(torch.tensor([edge, -edge]), weight)
         exact.add(torch.tensor([edge, -edge]), weight)
         assert exact.mean().tolist() == [edge, -edge]
+
+
+def test_entries_that_nobody_changed_add_nothing_whatever_they_are() -> None:
+    """A causal mask of -inf, a NaN, an infinite bound beside a weight: by vector, by bin and by block."""
+    start = torch.tensor([1.0, -math.inf, math.nan, math.inf, -1e38])
+    moved = start.clone()
+    moved[0] = 3.0
+    for bin_idx in (None, 0):
+        exact = ExactSum(start, 4, 3)
+        assert exact.bin_of(moved) == 0
+        assert exact.add(moved, 3, bin_idx) == 0
+        assert exact.add(start.clone(), 1, bin_idx) == 0
+        assert exact.mean().tolist() == [1.5, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("entry", "value"), [(0, math.nan), (1, math.inf), (1, 0.0), (2, 1.0), (3, math.nan)])
+def test_an_entry_that_changed_and_is_not_finite_is_no_sum(entry: int, value: float) -> None:
+    start = torch.tensor([1.0, -math.inf, math.nan, math.inf])
+    moved = start.clone()
+    moved[entry] = value
+    exact = ExactSum(start, 1, 1)
+    assert exact.add(moved, 1) is None
+    assert exact.bin_of(moved) is None
+    assert exact.num_bins == 0

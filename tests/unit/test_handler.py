@@ -69,6 +69,112 @@ def test_the_ratio_is_rounded_to_the_nearest_count_and_at_least_one(num_clients:
     assert len(server.sample_clients()) == size
 
 
+class Weighted(SyncParameterServerHandler):
+    """A cohort and weights of its own; `given` says which."""
+
+    given: Any
+
+    def sample_clients(self) -> Any:
+        cohort, weights = self.given
+        if weights is not None:
+            self.weights = weights
+        return cohort
+
+
+def weighted(cohort: Any, weights: Any) -> Weighted:
+    server = Weighted(nn.Linear(1, 1), 10)
+    server.client_sizes = np.arange(10, 20)
+    server.given = np.array(cohort), weights
+    return server
+
+
+@pytest.mark.parametrize(
+    ("cohort", "weights", "travel"),
+    [
+        ([1, 4], None, [11, 14]),
+        ([4, 1], None, [11, 14]),
+        ([4, 1], [5, 7], [7, 5]),
+        ([4, 1], np.array([5.0, 0.0]), [0, 5]),
+        ([4, 1], torch.tensor([0.25, 0.5]), [2**30, 2**29]),
+        ([4, 1], [1 / 3, 1.0], [2**30, 357913941]),
+        ([4, 1], [2**40, 2**39], [2**29, 2**30]),
+        ([1, 4], [0.0, 0.0], [0, 0]),
+        ([], None, []),
+        ([], [], []),
+    ],
+)
+def test_the_weights_that_travel(cohort: list[int], weights: Any, travel: list[int]) -> None:
+    """Whole numbers as they are; others with the largest at 2^30 (2^30 / 3 = 357,913,941.33)."""
+    server = weighted(cohort, weights)
+    assert server.begin_round().tolist() == travel
+    assert server.cohort.tolist() == sorted(cohort)
+    assert len(server.weights) == len(cohort)
+
+
+def test_weights_of_one_round_do_not_stay_for_the_next() -> None:
+    server = weighted([1, 4], None)
+    assert server.begin_round().tolist() == [11, 14]
+    server.given = np.array([2, 3]), None
+    assert server.begin_round().tolist() == [12, 13]
+
+
+def test_weights_set_once_and_for_all_stay() -> None:
+    server = weighted([1, 4], None)
+    server.weights = np.array([3, 9])
+    assert [server.begin_round().tolist() for _ in range(2)] == [[3, 9], [3, 9]]
+
+
+class Derived(SyncParameterServerHandler):
+    """Changes what the inherited method made."""
+
+    change: str
+
+    def sample_clients(self) -> Any:
+        cohort = super().sample_clients()
+        if self.change == "fewer":
+            return cohort[:2]
+        if self.change == "others":
+            return np.array([5, 6, 7])
+        if self.change == "in place":
+            self.weights *= 2
+        if self.change == "root":
+            self.weights = self.weights**0.5
+        return cohort
+
+
+@pytest.mark.parametrize("change", ["fewer", "others", "in place", "root"])
+def test_a_cohort_made_of_the_inherited_one(change: str) -> None:
+    """Counts go with the clients; what was made of the counts goes as it is."""
+    server = Derived(nn.Linear(1, 1), 8, cohort_size=3)
+    server.client_sizes, server.change = np.arange(1, 9), change
+    for server.round_idx in range(3):
+        travel = server.begin_round()
+        sizes = server.cohort + 1
+        wanted = {"in place": 2 * sizes, "root": sizes**0.5}.get(change, sizes)
+        assert travel / travel.sum() == pytest.approx(wanted / wanted.sum(), rel=1e-8)
+        assert len(travel) == (2 if change == "fewer" else 3)
+
+
+@pytest.mark.parametrize(
+    ("cohort", "weights", "says"),
+    [
+        ([1, 1], None, "client 1 is twice in the cohort: give it twice the weight"),
+        ([1, 10], None, r"client ids must be in \[0, 10\), got 1 to 10"),
+        ([-1, 3], None, "got -1 to 3"),
+        ([[1, 2]], None, r"must return client ids, got int64 of shape \(1, 2\)"),
+        ([0.5], None, "must return client ids, got float64"),
+        ([1, 4], [1, 2, 3], "weights must be one number for each of 2 clients, got 3"),
+        ([1, 4], [1, -2], "weights must be finite numbers >= 0.*got -2"),
+        ([1, 4], [1, float("nan")], "got nan"),
+        ([1, 4], [1, float("inf")], "got inf"),
+        ([1, 4], ["a", "b"], "weights must be numbers >= 0"),
+    ],
+)
+def test_what_is_no_cohort_is_refused(cohort: Any, weights: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        weighted(cohort, weights).begin_round()
+
+
 def test_a_full_cohort_is_everybody() -> None:
     assert handler(7).sample_clients().tolist() == list(range(7))
 

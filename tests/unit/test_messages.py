@@ -38,10 +38,9 @@ def orders(draw: st.DrawFn) -> Order:
         draw(counts),
         ints(draw(st.lists(counts, min_size=k, max_size=k))),
         ints(draw(st.lists(counts, min_size=k, max_size=k))),
+        ints(draw(st.lists(weights, min_size=k, max_size=k))),
         ints(draw(st.lists(int64, max_size=4))),
         draw(st.integers(0, 255)),
-        draw(counts),
-        draw(counts),
         draw(st.integers(0, 1)),
         draw(counts),
     )
@@ -57,7 +56,7 @@ def test_an_order_survives_its_buffers(order: Order) -> None:
     for name in ("code", "round_idx", "exit_code", "weight_total", "weight_max", "rows", "longest_client_ms"):
         assert getattr(back, name) == getattr(order, name)
     assert isinstance(back.code, MessageCode)
-    for name in ("cohort", "ranks", "integer_state"):
+    for name in ("cohort", "ranks", "weights", "integer_state"):
         assert getattr(back, name).tolist() == getattr(order, name).tolist()
 
 
@@ -66,6 +65,13 @@ def test_how_many_clients_one_rank_may_get(ranks: list[int], most: int) -> None:
     """All of them if idle ranks draw."""
     order = Order(MessageCode.PARAMETER_UPDATE, 0, ints(list(range(len(ranks)))), ints(ranks))
     assert order.clients_a_rank == most
+
+
+def test_weights_of_clients() -> None:
+    order = Order(MessageCode.PARAMETER_UPDATE, 0, ints([2, 5, 9]), ints([1, 1, 2]), ints([30, 0, 7]))
+    assert [order.weight_of(client_id) for client_id in (9, 2, 5)] == [7, 30, 0]
+    assert (order.weight_total, order.weight_max) == (37, 30)
+    assert (Order(MessageCode.EXIT).weight_total, Order(MessageCode.EXIT).weight_max) == (0, 0)
 
 
 def test_another_layout_is_refused() -> None:
