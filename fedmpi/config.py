@@ -99,6 +99,10 @@ class RunConfig(DataConfig):
         None, "stop with code 75 before a round that would end later than this after the start (under Slurm also"
         " before the job's time limit)", "Survival", "(0, inf)", result=False,
     )  # fmt: skip
+    leak_check: Literal["on", "off"] = option(
+        "on", "whether a trainer class of your own is tried for what it hands from one client to the next", "Survival",
+        result=False,
+    )  # fmt: skip
     stall_timeout: float = option(
         600.0, "seconds a rank may do nothing before the job ends with code 1; at least three times the longest step"
         " seen; 0: never", "Survival", "[0, inf)", result=False,

@@ -24,17 +24,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.config import RunConfig
+from fedmpi.core.attributes import Attributes
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.trainer import ClientTrainer, SingleSteps
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
+from fedmpi.engines.fused import why_not
 from fedmpi.job import Algorithm
 
 
 class FedAvgTrainer(ClientTrainer):
     """The client half: E epochs of SGD from the global model."""
+
+    own_fields = ClientTrainer.own_fields | {
+        "data", "config", "engine", "memory_format", "stateless_model", "changed_attributes", "_shuffles", "_is_plain",
+    }  # fmt: skip
 
     def __init__(self, model: nn.Module, data: ClientData, config: RunConfig, device: torch.device) -> None:
         """Over all clients' data; which client trains is said by `begin_client`.
@@ -49,11 +55,15 @@ class FedAvgTrainer(ClientTrainer):
         self.data = data
         self.config = config
         sgd = config.client_lr, config.client_momentum, config.client_weight_decay
+        before = Attributes(self.model)
         self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd)
+        self.changed_attributes = before.changed()
+        before.put_back()
         self.memory_format = memory_format_of(self.model)
         self._shuffles = torch.Generator()
         cls = type(self)
         self._is_plain = (cls.begin_client, cls.train) == (FedAvgTrainer.begin_client, FedAvgTrainer.train)
+        self.stateless_model = self._is_plain and why_not(self.model) is None
 
     def begin_client(self, round_idx: int, client_id: int) -> None:
         """Without the global generators where nobody draws from them: no user's model, no class derived from this."""

@@ -32,6 +32,7 @@ from fedmpi.core.stopping import Deadline, StopSignals
 from fedmpi.core.timeline import chrome_trace
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import vector_hash
+from fedmpi.core.visits import put_back_note
 from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
@@ -115,6 +116,7 @@ def run_job(
         if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
             return EXIT_DONE
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
+        changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
         provenance = {
             "fedmpi": __version__,
             "torch": str(torch.__version__),
@@ -146,6 +148,8 @@ def run_job(
             size = len(halves.handler.model_parameters)
             for line in banner(recipe.name, config, machine.places, dataset, partition, size, provenance, folder.path):
                 logger.info("%s", line)
+            if changed:
+                logger.info("%s", put_back_note(changed))
             if deadline is not None:
                 logger.info("time:   %.0f s left of %s", max(0.0, deadline.left_s()), deadline.what)
         if config.timeline:
@@ -250,7 +254,13 @@ def build_manager(
     local = None
     if halves.trainer is not None:
         local = ClientPassiveManager(
-            net, halves.trainer, evaluator, facts, cuda_aware=config.cuda_aware, signals=signals
+            net,
+            halves.trainer,
+            evaluator,
+            facts,
+            cuda_aware=config.cuda_aware,
+            signals=signals,
+            leak_check=config.leak_check == "on",
         )
     if halves.handler is None:
         assert local is not None

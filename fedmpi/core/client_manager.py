@@ -20,13 +20,15 @@ from fedmpi.core.manager import Buffer, NetworkManager
 from fedmpi.core.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
 from fedmpi.core.stopping import StopSignals
 from fedmpi.core.trainer import ClientTrainer
-from fedmpi.core.vector import integer_state, load_integer_state
+from fedmpi.core.vector import integer_state
+from fedmpi.core.views import check_views
+from fedmpi.core.visits import LeakCheck, Visits
 
 _TOGETHER = 32
 """Clients of one step each that are trained together: what they share is then next to nothing a client."""
 
 _AT_LEAST = 12
-"""Clients of one step each that a trainer draws at a time."""
+"""Clients of one step each that a trainer draws at a time, while there are many."""
 
 
 class ClientPassiveManager(NetworkManager):
@@ -41,6 +43,7 @@ class ClientPassiveManager(NetworkManager):
         *,
         cuda_aware: bool = False,
         signals: StopSignals | None = None,
+        leak_check: bool = True,
     ) -> None:
         """Over a trainer.
 
@@ -51,6 +54,7 @@ class ClientPassiveManager(NetworkManager):
             facts: more that must be the same on all ranks.
             cuda_aware: MPI writes the model straight to the trainer's device.
             signals: of this process, to be told to the server.
+            leak_check: see that nothing in the trainer's attributes reaches from one client to the next.
         """
         super().__init__(net, facts)
         self.trainer = trainer
@@ -61,6 +65,8 @@ class ClientPassiveManager(NetworkManager):
         self._received = torch.empty(size, device=trainer.device if cuda_aware else "cpu", pin_memory=staged)
         self._buffer = self._received.view(torch.uint8) if cuda_aware else self._received.numpy()
         self._work = LocalWork()
+        self._visits = Visits(trainer)
+        self._leak_check = LeakCheck(self._visits) if leak_check and not trainer.single_client else None
 
     def setup(self) -> None:
         """Collective. Compare models; tell the server the sample counts of a share of the clients."""
@@ -68,8 +74,14 @@ class ClientPassiveManager(NetworkManager):
         num_clients = self.net.max_of(0)
         self.trainer.seed = self.net.max_of(0)
         self._share_sizes(num_clients, self.trainer, self.trainer_idx)
+        self.begin(num_clients)
         if self.net.max_of(0):
             self.net.open_line()
+
+    def begin(self, num_clients: int) -> None:
+        """Make ready for the first round of a job with so many clients in all."""
+        if num_clients <= self.net.num_trainers:  # each client has a rank of its own
+            self._leak_check = None
 
     def downlink(self) -> Buffer:
         """The receive buffer."""
@@ -112,23 +124,22 @@ class ClientPassiveManager(NetworkManager):
     def _train_alone(
         self, order: Order, vector: torch.Tensor, client_id: int, exact: ExactSum, work: LocalWork
     ) -> None:
-        trainer, state = self.trainer, order.integer_state
+        state = order.integer_state
         self.net.activity = f"client {client_id}, round {order.round_idx}"
         started = time.perf_counter()
         with self.net.timeline.span(f"client {client_id}"):
-            (weight,) = trainer.num_samples(np.array([client_id])).tolist()
-            trainer.begin_client(order.round_idx, client_id)
-            if len(state):
-                load_integer_state(trainer.model, state)
-            trainer.train(vector)
-            trained = trainer.model_parameters.detach()
-            bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, weight)
+            (num_samples,) = self.trainer.num_samples(np.array([client_id])).tolist()
+            trained = self._visits.train(order.round_idx, client_id, vector, state)
+            bin_idx = exact.bin_of(trained) if order.rows else exact.add(trained, order.weight_of(client_id))
             if order.rows:
                 work.rows.append(trained.cpu().numpy().copy())
             if len(state):
-                state = integer_state(trainer.model)
+                state = integer_state(self.trainer.model)
         seconds = time.perf_counter() - started
-        work.updates.append(ClientUpdate(client_id, weight, trainer.loss, seconds, bin_idx, state))
+        work.updates.append(ClientUpdate(client_id, num_samples, self.trainer.loss, seconds, bin_idx, state))
+        if self._leak_check is not None:
+            self._leak_check.after_first_visit(order, vector)
+            self._leak_check = None
 
     def _train_together(
         self, order: Order, vector: torch.Tensor, client_ids: list[int], exact: ExactSum, work: LocalWork
@@ -137,9 +148,10 @@ class ClientPassiveManager(NetworkManager):
         self.net.activity = f"clients {', '.join(map(str, client_ids))}, round {order.round_idx}"
         started = time.perf_counter()
         with self.net.timeline.span(*(f"client {client_id}" for client_id in client_ids)):
-            weights = self.trainer.num_samples(np.array(client_ids)).tolist()
+            num_samples = self.trainer.num_samples(np.array(client_ids)).tolist()
             steps = self.trainer.single_steps(client_ids, vector)
             fit = [i for i, largest in enumerate(steps.largest) if exact.in_range(largest)]
+            weights = [order.weight_of(client_id) for client_id in client_ids]
             rows = {i: np.empty(len(vector), np.float32) for i in fit} if order.rows else {}
             for i, columns, values in steps.pieces(fit):
                 if order.rows:
@@ -151,7 +163,7 @@ class ClientPassiveManager(NetworkManager):
         work.rows.extend(rows.values())
         seconds = (time.perf_counter() - started) / len(client_ids)
         for i in fit:
-            update = ClientUpdate(client_ids[i], weights[i], steps.losses[i], seconds, 0, order.integer_state)
+            update = ClientUpdate(client_ids[i], num_samples[i], steps.losses[i], seconds, 0, order.integer_state)
             work.updates.append(update)
         for i in sorted(set(range(len(client_ids))) - set(fit)):
             self._train_alone(order, vector, client_ids[i], exact, work)
@@ -170,8 +182,9 @@ class ClientPassiveManager(NetworkManager):
         if self.evaluator is None:
             raise ConfigError("the server wants an evaluation, but this trainer was given no evaluator")
         self.net.activity = f"evaluation after round {order.round_idx}"
-        self.trainer.model_parameters.copy_(vector)
-        load_integer_state(self.trainer.model, order.integer_state)
+        model, share = self.trainer.model, (self.trainer_idx, self.net.num_trainers)
+        renew = self._visits.renewal(order.round_idx, vector, order.integer_state)
         with self.net.timeline.span("evaluate"):
-            metrics = self.evaluator.evaluate(self.trainer.model, self.trainer_idx, self.net.num_trainers)
+            metrics = self.evaluator.evaluate(model, *share, renew)
+        check_views(model)
         return LocalWork(metrics=metrics)

@@ -51,16 +51,19 @@ class Evaluator:
         """Chunks the test set is cut into; the last may be shorter."""
         return -(-self.num_samples // CHUNK_SIZE)
 
-    def evaluate(self, model: nn.Module, share: int, num_shares: int) -> NDArray[np.int64]:
+    def evaluate(
+        self, model: nn.Module, share: int, num_shares: int, renew: Callable[[int], None] = lambda _: None
+    ) -> NDArray[np.int64]:
         """(4,) int64 over chunks share::num_shares: samples, correct, fixed-point loss, samples with a non-finite loss.
 
-        Restores the model's training mode. Draws no random number.
+        Restores the model's training mode. `renew` is called with each chunk's number before it.
         """
         training = model.training
         model.eval()
         correct, losses = [], [torch.empty(0)]
         with torch.no_grad():
             for chunk in range(share, self.num_chunks, num_shares):
+                renew(chunk)
                 inputs, labels = self._load(chunk * CHUNK_SIZE, min((chunk + 1) * CHUNK_SIZE, self.num_samples))
                 logits = model(inputs)
                 correct.append(logits.argmax(1) == labels)

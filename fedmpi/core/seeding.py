@@ -16,6 +16,7 @@ class Stream(IntEnum):
     COHORT = 1  # which clients take part in a round
     BATCHES = 2  # order of a client's samples
     CLIENT = 3  # whatever else a client's training draws (dropout, a user's own code)
+    EVALUATION = 4  # what a user's model draws while it is evaluated; by chunk of the test set
 
 
 def derive_seed(seed: int, stream: Stream, round_idx: int = 0, client_id: int = 0) -> int:

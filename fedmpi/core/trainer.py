@@ -10,7 +10,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -54,11 +54,19 @@ class ClientTrainer(ABC):
         loss: mean training loss of the last `train`; NaN when it did not say.
         seed: the run's seed, set by the manager before the first round.
         engine_note: how SGD steps are taken, for the record.
-        single_client: whether this rank holds one client of its own, client rank - 1, and can train no other.
+        single_client: True if this rank holds one client of its own, client rank - 1, and can train no other.
+        stateless_model: True if the model's forward is known to keep nothing from one call to the next.
+        changed_attributes: names of the model's attributes that were seen to change in trial steps.
+        own_fields: names of the attributes that fedmpi itself keeps right from client to client.
     """
 
     single_client = False
+    stateless_model = False
+    changed_attributes: Sequence[str] = ()
     engine_note = "autograd"
+    own_fields: ClassVar[frozenset[str]] = frozenset(
+        {"device", "model", "_vector", "client_id", "round_idx", "loss", "seed", "single_client", "engine_note"}
+    )
 
     def __init__(self, model: nn.Module, cuda: bool | str | torch.device = False) -> None:
         """Takes over `model`.
@@ -118,6 +126,10 @@ class ClientSGDTrainer(ClientTrainer):
     The optimizer starts afresh for every client. A loader with `shuffle=True`, or over a `torch.utils.data.Sampler`
     that draws from torch's global generator, gives the same batches on any rank.
     """
+
+    own_fields = ClientTrainer.own_fields | {
+        "_loader_of", "data_loader", "epochs", "optimizer", "_logger", "_fresh_optimizer",
+    }  # fmt: skip
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedmpi import Aggregators, ClientPassiveManager, ClientSGDTrainer, ServerManager, SyncParameterServerHandler
+from fedmpi.core import visits
 from fedmpi.core.errors import ConfigError, DisagreementError
 from fedmpi.core.evaluate import Evaluator
 
@@ -62,7 +63,9 @@ def toy_evaluator():
     return Evaluator(len(x), lambda start, stop: (x[start:stop], (x[start:stop, 0] > 0).long()))
 
 
-def train(net, handler_class=SyncParameterServerHandler, make_trainer=toy_trainer, facts=None, **options):
+def train(
+    net, handler_class=SyncParameterServerHandler, make_trainer=toy_trainer, facts=None, make_model=Toy, **options
+):
     """One job; the final vector and the records, on every rank."""
     recorder = Recorder()
     local = (
@@ -73,7 +76,7 @@ def train(net, handler_class=SyncParameterServerHandler, make_trainer=toy_traine
     if net.is_server:
         eval_every, collect = options.pop("eval_every", 0), options.pop("collect", "auto")
         options = {"num_clients": NUM_CLIENTS, "cohort_size": 5, "rounds": 3, "seed": 11, **options}
-        handler = handler_class(Toy(), **options)
+        handler = handler_class(make_model(), **options)
         manager = ServerManager(
             net, handler, local, eval_every=eval_every, collect=collect, observers=[recorder], facts=facts
         )
@@ -228,7 +231,139 @@ def test_a_non_finite_update_ends_all_ranks_with_3_and_names_client_and_round(ne
     code, _, records, ended, _ = train(net, make_trainer=make, cohort_size=NUM_CLIENTS)
     agree(code == 3 and len(records) == 1 and ended == 0, (code, records, ended))
     said = [record.message for record in caplog.records if record.levelno == logging.ERROR]
-    agree(not net.is_server or "client 2's model is not finite after training in round 1" in said[0], said)
+    wanted = "the models of clients 2, 3 are not finite after training in round 1: lower --client-lr; the last good"
+    agree(not net.is_server or wanted in said[0], said)
+
+
+class Masked(nn.Module):
+    """A causal mask of -inf and a BatchNorm: buffers that stay, and buffers that move."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+
+    def forward(self, x):
+        return self.layers(x) + torch.where(self.mask < 0, 0.0, self.mask)
+
+
+class Momentum(SyncParameterServerHandler):
+    def step(self, mean_update):
+        self.moved = mean_update * 3 + getattr(self, "moved", 0)
+        super().step(self.moved)
+
+
+class NoBuffers(SyncParameterServerHandler):
+    """Sets all columns it is shown to 7."""
+
+    def aggregate(self, rows, reference):
+        assert len(rows) == len(self.cohort)
+        return torch.full_like(reference, 7.0)
+
+
+class Zeroed(SyncParameterServerHandler):
+    def update_model(self, model_parameters_list):
+        self.model_parameters.zero_()
+        for vector in model_parameters_list:
+            vector.zero_()
+
+
+def masked_trainer():
+    model = Masked()
+    return ClientSGDTrainer(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+
+
+def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree, monkeypatch):
+    """One round: every server's running statistics are those of FedAvg, and the mask is what it was."""
+    from fedmpi.core import collection
+
+    monkeypatch.setattr(collection, "BLOCK_BYTES", 100)
+    options = {"make_model": Masked, "make_trainer": masked_trainer, "rounds": 1, "eval_every": 1}
+    _, plain, *_ = train(net, **options)
+    want = np.frombuffer(plain, np.float32)[34:]
+    agree(want[0] == 0 and np.isneginf(want[1]) and (want[2:] != 0).all(), want)
+    for handler, more in [
+        (SyncParameterServerHandler, {"server_lr": 30.0}),
+        (Momentum, {}),
+        (NoBuffers, {}),
+        (Zeroed, {}),
+    ]:
+        code, bits, records, *_ = train(net, handler, **options, **more)
+        got = np.frombuffer(bits, np.float32)
+        agree(code == 0 and records[0].loss is not None, (handler.__name__, code, records))
+        agree(got[34:].tobytes() == want.tobytes(), f"{handler.__name__}: {got[34:]}, wanted {want}")
+        agree(bits != plain, handler.__name__)
+
+
+class Favouring(SyncParameterServerHandler):
+    """Counts client 0 a thousand times."""
+
+    def sample_clients(self):
+        cohort = super().sample_clients()
+        self.weights = np.where(cohort == 0, 1000.0, 0.5)
+        return cohort
+
+
+class FavouringRows(Favouring, WholeMean):
+    pass
+
+
+def test_a_handlers_own_weights_travel(net, alone, agree):
+    """Summed on the way, row by row, and on one rank alone: the same bits, and not those of the sample counts."""
+    options = {"cohort_size": NUM_CLIENTS, "rounds": 2}
+    _, summed, records, *_ = train(net, Favouring, **options)
+    _, gathered, *_ = train(net, FavouringRows, **options)
+    _, single, *_ = train(alone, Favouring, **options)
+    _, counted, *_ = train(net, **options)
+    agree(summed == gathered == single != counted)
+    agree(records[0].num_samples == sum(len(client_set(k)) for k in range(NUM_CLIENTS)), records)
+
+
+class EverySecondEmpty:
+    def sample_clients(self):
+        cohort = super().sample_clients()
+        return cohort[:0] if self.round_idx % 2 else cohort
+
+
+class EmptyMomentum(EverySecondEmpty, Momentum):
+    pass
+
+
+class EmptyRows(EverySecondEmpty, WholeMean):
+    pass
+
+
+@pytest.mark.parametrize("handler", [EmptyMomentum, EmptyRows])
+def test_an_empty_cohort_is_a_round_in_which_nothing_happens(net, agree, handler):
+    code, bits, records, *_ = train(net, handler, rounds=2, eval_every=1)
+    _, before, *_ = train(net, handler, rounds=1)
+    agree(code == 0 and bits == before, "the server's momentum does not move the model either")
+    agree([(len(r.cohort), r.num_samples, r.train_loss is None) for r in records][1] == (0, 0, True), records)
+    agree(records[0].accuracy == records[1].accuracy and len(records) == 2, records)
+
+
+class Kept(ClientSGDTrainer):
+    def train(self, model_parameters, epochs=None):
+        kept = self.__dict__.setdefault("kept", {})
+        super().train(kept.get(self.client_id, model_parameters), epochs)
+        kept[self.client_id] = self.model_parameters.clone()
+
+
+def test_a_trainer_that_keeps_something_is_tried_unless_each_client_has_a_rank(net, agree, monkeypatch):
+    def make():
+        model = Toy()
+        return Kept(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+
+    tried = []
+    monkeypatch.setattr(
+        visits.LeakCheck, "after_first_visit", lambda self, order, vector: tried.append(order.round_idx)
+    )
+    train(net, make_trainer=make, rounds=1, cohort_size=NUM_CLIENTS)
+    agree(bool(tried) == (net.size == 1 or not net.is_server), tried)
+    tried.clear()
+    train(net, make_trainer=make, rounds=1, num_clients=net.num_trainers, cohort_size=net.num_trainers)
+    agree(not tried, tried)
 
 
 def test_the_round_loop_pickles_nothing(net, agree, monkeypatch):

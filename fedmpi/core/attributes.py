@@ -1,0 +1,231 @@
+"""The attributes of an object as they were at one moment: the names of those that differ now, and putting them back.
+
+A model that counts its calls, or a trainer that keeps something by client, hands it from one client to the next: what a
+client comes to then depends on those trained before it, and so on the number of ranks. Attributes are all that can be
+seen of this: numbers, text, tensors, arrays, random generators, containers and objects of these. What is in globals,
+closures, iterators, files and objects of other people's libraries is out of sight.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmpi.core.contents import MUTABLE, equal
+
+_DEEPEST = 30
+"""Levels of objects within objects; further down only their identity counts."""
+
+_PLAIN = (int, float, complex, str, bytes, np.generic, frozenset)
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, sub-modules, training
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_OPENED = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+
+class Attributes:
+    """The attributes of a model, or of another object, as they were when this was made."""
+
+    def __init__(self, model: nn.Module, owner: object | None = None, apart: frozenset[str] = frozenset()) -> None:
+        """Look through the attributes of `model`, or through those of `owner`.
+
+        Args:
+            model: the module; its parameters and buffers do not count.
+            owner: an object that holds the model; None: the model and its sub-modules.
+            apart: names of attributes of `owner` that do not count.
+        """
+        modules = dict(model.named_modules())
+        known = {id(part) for part in (*modules.values(), *model.parameters(), *model.buffers())}
+        if owner is not None:
+            self._kept: dict[str, _Kept] = {"": _Namespace(_dict_of(owner), apart, _Walk(known, _package(owner)))}
+            return
+        walk = _Walk(known, _package(model))
+        self._kept = {name: _Namespace(_dict_of(module), _TORCHS_OWN, walk) for name, module in modules.items()}
+
+    def changed(self) -> list[str]:
+        """Names of the attributes that differ now; a tensor where there was none is a kept activation and not named."""
+        return [name for prefix, kept in self._kept.items() for name in kept.names(prefix)]
+
+    def put_back(self, seed: int | None = None) -> None:
+        """Make all attributes what they were; with `seed`, random generators are seeded instead."""
+        for kept in self._kept.values():
+            kept.put_back(seed)
+
+
+class _Walk:
+    """What has been met on the way through the attributes."""
+
+    def __init__(self, known: set[int], package: str) -> None:
+        self.known, self.package, self.depth = known, package, 0
+
+    def keep(self, value: Any) -> _Kept:
+        """`value` as it is now. What was met before counts by identity, so that circles end."""
+        if isinstance(value, _PLAIN) or id(value) in self.known or self.depth > _DEEPEST:
+            return _Same(value)
+        for kind, read, write in MUTABLE:
+            if isinstance(value, kind) and read(value) is not None:
+                self.known.add(id(value))
+                return _Copied(value, read, write)
+        if not (isinstance(value, list | tuple | dict | deque) or self._opens(value)):
+            return _Same(value)
+        self.known.add(id(value))
+        self.depth += 1
+        try:
+            if isinstance(value, list | tuple | dict | deque):
+                return _Container(value, self)
+            return _Object(value, self)
+        finally:
+            self.depth -= 1
+
+    def _opens(self, value: Any) -> bool:
+        """Return True for an object of the user's own class, or of a class of torch's that has state."""
+        if isinstance(value, _OPENED):
+            return True
+        if not hasattr(value, "__dict__") or isinstance(value, type) or type(value).__module__ == "builtins":
+            return False
+        if _package(value) == self.package:
+            return True
+        file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
+        return file is not None and not file.startswith(_LIBRARIES)
+
+
+class _Kept(ABC):
+    """A value as it was."""
+
+    value: Any
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Names of what differs; `prefix` is the value's own."""
+        if self.differs(self.value):
+            yield prefix
+
+    @abstractmethod
+    def differs(self, now: Any) -> bool:
+        """Return True if `now` is something else than the value was."""
+
+    @abstractmethod
+    def put_back(self, seed: int | None) -> Any:
+        """Make the value what it was; returns it."""
+
+
+class _Same(_Kept):
+    """An immutable value, or an object that is not looked into."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def differs(self, now: Any) -> bool:
+        if now is self.value:
+            return False
+        alike = type(now) is type(self.value) and isinstance(now, _PLAIN)
+        return not (alike and (now == self.value or (now != now and self.value != self.value)))  # NaN is NaN
+
+    def put_back(self, seed: int | None) -> Any:
+        return self.value
+
+
+class _Copied(_Kept):
+    """A mutable value and a copy of its content."""
+
+    def __init__(self, value: Any, read: Callable[[Any], Any], write: Callable[[Any, Any, int | None], Any]) -> None:
+        self.value, self._read, self._write = value, read, write
+        self._content = read(value)
+
+    def differs(self, now: Any) -> bool:
+        return type(now) is not type(self.value) or not equal(self._read(now), self._content)
+
+    def put_back(self, seed: int | None) -> Any:
+        if seed is not None or self.differs(self.value):
+            self._write(self.value, self._content, seed)
+        return self.value
+
+
+class _Container(_Kept):
+    """A list, tuple, deque or dict."""
+
+    def __init__(self, value: Any, walk: _Walk) -> None:
+        self.value = value
+        self._items = {key: walk.keep(item) for key, item in _items(value)}
+
+    def differs(self, now: Any) -> bool:
+        if type(now) is not type(self.value):
+            return True
+        items = dict(_items(now))
+        return list(items) != list(self._items) or any(kept.differs(items[key]) for key, kept in self._items.items())
+
+    def put_back(self, seed: int | None) -> Any:
+        before = {key: kept.put_back(seed) for key, kept in self._items.items()}
+        now = dict(_items(self.value))
+        if list(now) != list(before) or any(now[key] is not item for key, item in before.items()):
+            self.value.clear()
+            self.value.update(before) if isinstance(self.value, dict) else self.value.extend(before.values())
+        return self.value
+
+
+class _Namespace(_Kept):
+    """The `__dict__` of an object."""
+
+    def __init__(self, value: dict[str, Any], apart: frozenset[str], walk: _Walk) -> None:
+        self.value, self._apart = value, apart
+        self._items = {name: walk.keep(item) for name, item in value.items() if name not in apart}
+
+    def names(self, prefix: str) -> Iterator[str]:
+        dot = f"{prefix}." if prefix else ""
+        for name, kept in self._items.items():
+            now = self.value.get(name)
+            activation = isinstance(now, Tensor) and kept.value is None
+            if (name not in self.value or kept.differs(now)) and not activation:
+                yield dot + name
+        yield from (dot + name for name in self._new() if not isinstance(self.value[name], Tensor))
+
+    def differs(self, now: Any) -> bool:
+        return any(True for _ in self.names(""))
+
+    def put_back(self, seed: int | None) -> Any:
+        for name in self._new():
+            del self.value[name]
+        for name, kept in self._items.items():
+            before = kept.put_back(seed)
+            if self.value.get(name, self) is not before:
+                self.value[name] = before
+        return self.value
+
+    def _new(self) -> list[str]:
+        return [name for name in self.value if name not in self._items and name not in self._apart]
+
+
+class _Object(_Kept):
+    """An object with attributes of its own."""
+
+    def __init__(self, value: Any, walk: _Walk) -> None:
+        self.value = value
+        self._inside = _Namespace(_dict_of(value), frozenset(), walk)
+
+    def differs(self, now: Any) -> bool:
+        return now is not self.value or self._inside.differs(now)
+
+    def put_back(self, seed: int | None) -> Any:
+        self._inside.put_back(seed)
+        return self.value
+
+
+def _items(container: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(container.items()) if isinstance(container, dict) else enumerate(container)
+
+
+def _dict_of(value: object) -> dict[str, Any]:
+    held: dict[str, Any] = getattr(value, "__dict__")  # noqa: B009  # by its name mypy takes it for a read-only view
+    return held
+
+
+def _package(value: object) -> str:
+    """The user's own top-level package or module; empty for a class of torch's."""
+    name = type(value).__module__.partition(".")[0]
+    return "" if name == "torch" else name

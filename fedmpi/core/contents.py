@@ -1,0 +1,96 @@
+"""Copies of what mutable values hold (tensors, arrays, sets, random generators), and writing them back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Return True for equal contents; of tensors and arrays the bits are compared."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
+        return alike and torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
+    if isinstance(one, dict) and isinstance(other, dict):  # the state of a generator
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return all(equal(*pair) for pair in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def _read_tensor(tensor: Tensor) -> Tensor | None:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return None
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _set_tensor(tensor: Tensor, content: Tensor, _seed: int | None) -> None:
+    if tensor.shape == content.shape and tensor.dtype == content.dtype and tensor.is_contiguous():
+        tensor.data.copy_(content)
+    else:
+        tensor.data = content.clone()
+
+
+def _read_array(array: Any) -> Any:
+    """None for what cannot change: a read-only array, among them a mapped file; and for one of objects."""
+    return array.copy() if array.flags.writeable and not array.dtype.hasobject else None
+
+
+def _set_array(array: Any, content: Any, _seed: int | None) -> None:
+    if array.shape != content.shape:
+        array.resize(content.shape, refcheck=False)
+    array[...] = content
+
+
+def _set_items(container: Any, content: Any, _seed: int | None) -> None:
+    if isinstance(container, set):
+        container.clear()
+        container.update(content)
+    else:
+        container[:] = content
+
+
+def _set_torch_generator(generator: torch.Generator, state: Tensor, seed: int | None) -> None:
+    if seed is None:
+        generator.set_state(state)
+    else:
+        generator.manual_seed(seed)
+
+
+def _set_numpy_generator(generator: np.random.Generator, state: Any, seed: int | None) -> None:
+    bits = generator.bit_generator
+    bits.state = state if seed is None else type(bits)(seed).state
+
+
+def _set_random_state(generator: np.random.RandomState, state: Any, seed: int | None) -> None:
+    if seed is None:
+        generator.set_state(state)
+    else:
+        generator.seed(seed % 2**32)
+
+
+def _set_random(generator: random.Random, state: Any, seed: int | None) -> None:
+    if seed is None:
+        generator.setstate(state)
+    else:
+        generator.seed(seed)
+
+
+MUTABLE: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any, int | None], Any]], ...] = (
+    (Tensor, _read_tensor, _set_tensor),
+    (np.ndarray, _read_array, _set_array),
+    (set, set, _set_items),
+    (bytearray, bytes, _set_items),
+    (torch.Generator, torch.Generator.get_state, _set_torch_generator),
+    (np.random.Generator, lambda generator: generator.bit_generator.state, _set_numpy_generator),
+    (np.random.RandomState, np.random.RandomState.get_state, _set_random_state),
+    (random.Random, random.Random.getstate, _set_random),
+)
+"""By type: a function that reads a copy of the content, and one that writes it back or seeds the generator."""
