@@ -12,14 +12,14 @@ import sys
 import sysconfig
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core.contents import MUTABLE, equal
+from fedmpi.core.contents import MUTABLE, ClassFields, SlotFields, equal
 
 _DEEPEST = 30
 """Levels of objects within objects; further down only their identity counts."""
@@ -42,28 +42,39 @@ class Attributes:
             apart: names of attributes of `owner` that do not count.
         """
         modules = dict(model.named_modules())
-        known = {id(part) for part in (*modules.values(), *model.parameters(), *model.buffers())}
+        walk = _Walk({id(part) for part in (*modules.values(), *model.parameters(), *model.buffers())})
         if owner is not None:
-            self._kept: dict[str, _Kept] = {"": _Namespace(_dict_of(owner), apart, _Walk(known, _package(owner)))}
-            return
-        walk = _Walk(known, _package(model))
-        self._kept = {name: _Namespace(_dict_of(module), _TORCHS_OWN, walk) for name, module in modules.items()}
+            walk.package = _package(owner)
+            self._kept = list(walk.fields("", owner, apart))
+        else:
+            walk.package = _package(model)
+            self._kept = [pair for name, module in modules.items() for pair in walk.fields(name, module, _TORCHS_OWN)]
 
     def changed(self) -> list[str]:
         """Names of the attributes that differ now; a tensor where there was none is a kept activation and not named."""
-        return [name for prefix, kept in self._kept.items() for name in kept.names(prefix)]
+        return [name for prefix, kept in self._kept for name in kept.names(prefix)]
 
     def put_back(self, seed: int | None = None) -> None:
         """Make all attributes what they were; with `seed`, random generators are seeded instead."""
-        for kept in self._kept.values():
+        for _, kept in self._kept:
             kept.put_back(seed)
 
 
 class _Walk:
     """What has been met on the way through the attributes."""
 
-    def __init__(self, known: set[int], package: str) -> None:
-        self.known, self.package, self.depth = known, package, 0
+    def __init__(self, known: set[int]) -> None:
+        self.known, self.package, self.depth = known, "", 0
+
+    def fields(self, name: str, value: object, apart: frozenset[str] = frozenset()) -> Iterator[tuple[str, _Kept]]:
+        """`value`'s attributes under its name: its own, those in slots, and those of its user's classes."""
+        if hasattr(value, "__dict__"):
+            yield name, _Fields(_dict_of(value), apart, self)
+        for cls in filter(self._is_users, type(value).__mro__):
+            yield name, _Fields(SlotFields(value, cls), apart, self)
+            if id(cls) not in self.known:
+                self.known.add(id(cls))
+                yield name, _Fields(ClassFields(cls), apart, self)
 
     def keep(self, value: Any) -> _Kept:
         """`value` as it is now. What was met before counts by identity, so that circles end."""
@@ -86,14 +97,14 @@ class _Walk:
 
     def _opens(self, value: Any) -> bool:
         """Return True for an object of the user's own class, or of a class of torch's that has state."""
-        if isinstance(value, _OPENED):
+        return isinstance(value, _OPENED) or (not isinstance(value, type) and self._is_users(type(value)))
+
+    def _is_users(self, cls: type) -> bool:
+        name = cls.__module__
+        if name.partition(".")[0] == self.package:
             return True
-        if not hasattr(value, "__dict__") or isinstance(value, type) or type(value).__module__ == "builtins":
-            return False
-        if _package(value) == self.package:
-            return True
-        file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
-        return file is not None and not file.startswith(_LIBRARIES)
+        file = getattr(sys.modules.get(name), "__file__", None)
+        return file is not None and not file.startswith(_LIBRARIES) and not name.startswith("fedmpi.")
 
 
 class _Kept(ABC):
@@ -169,10 +180,10 @@ class _Container(_Kept):
         return self.value
 
 
-class _Namespace(_Kept):
-    """The `__dict__` of an object."""
+class _Fields(_Kept):
+    """Attributes by name."""
 
-    def __init__(self, value: dict[str, Any], apart: frozenset[str], walk: _Walk) -> None:
+    def __init__(self, value: MutableMapping[str, Any], apart: frozenset[str], walk: _Walk) -> None:
         self.value, self._apart = value, apart
         self._items = {name: walk.keep(item) for name, item in value.items() if name not in apart}
 
@@ -206,13 +217,14 @@ class _Object(_Kept):
 
     def __init__(self, value: Any, walk: _Walk) -> None:
         self.value = value
-        self._inside = _Namespace(_dict_of(value), frozenset(), walk)
+        self._inside = [kept for _, kept in walk.fields("", value)]
 
     def differs(self, now: Any) -> bool:
-        return now is not self.value or self._inside.differs(now)
+        return now is not self.value or any(kept.differs(now) for kept in self._inside)
 
     def put_back(self, seed: int | None) -> Any:
-        self._inside.put_back(seed)
+        for kept in self._inside:
+            kept.put_back(seed)
         return self.value
 
 

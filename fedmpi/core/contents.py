@@ -3,12 +3,66 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class ClassFields(MutableMapping[str, Any]):
+    """The attributes of a class that are no methods, properties or names with two underscores."""
+
+    def __init__(self, cls: type) -> None:
+        """Of `cls` itself, without those of its bases."""
+        self._cls = cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name, item in vars(self._cls).items() if not (name[:2] == "__" or _is_method(item))])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self._cls)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._cls, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._cls, name)
+
+
+class SlotFields(MutableMapping[str, Any]):
+    """The attributes of an object that one of its classes keeps in slots."""
+
+    def __init__(self, owner: object, cls: type) -> None:
+        """Of `owner`, in the slots that `cls` itself names."""
+        slots = vars(cls).get("__slots__", ())
+        self._owner, self._names = owner, [slots] if isinstance(slots, str) else list(slots)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if name[:2] != "__" and hasattr(self._owner, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self._owner, name)
+        except AttributeError as error:
+            raise KeyError(name) from error
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self._owner, name)
+
+
+def _is_method(item: object) -> bool:
+    return isinstance(item, type) or hasattr(type(item), "__get__")
 
 
 def equal(one: Any, other: Any) -> bool:

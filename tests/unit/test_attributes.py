@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,15 @@ class Meter:
     def __init__(self) -> None:
         self.total = 0.0
         self.owner: Any = None
+
+
+class Slotted:
+    """The same in slots."""
+
+    __slots__ = ("last", "total")
+
+    def __init__(self) -> None:
+        self.total = [0.0]
 
 
 class Model(nn.Module):
@@ -41,11 +50,19 @@ class Model(nn.Module):
         self.torch_rng, self.numpy_rng = torch.Generator().manual_seed(1), np.random.default_rng(1)
         self.old_rng, self.python_rng = np.random.RandomState(1), random.Random(1)
         self.kept: Any = None
+        self.slotted, self.slotted_too = Slotted(), Slotted()
+
+    of_class: ClassVar[list[int]] = []
+    count_of_class = 0
 
 
 def shown(model: Model) -> dict[str, str]:
     """All of it as text."""
     held = {name: repr(value) for name, value in vars(model).items() if not name.startswith("_")}
+    held["of_class"], held["count_of_class"] = repr(Model.of_class), repr(Model.count_of_class)
+    held["slotted"], held["slotted_too"] = (
+        repr([getattr(each, name, None) for name in Slotted.__slots__]) for each in (model.slotted, model.slotted_too)
+    )
     held["calls"], held["meter"], held["hidden"] = map(
         repr, (model.layer.calls, model.meter.total, model.hidden[0].state_dict())
     )
@@ -78,6 +95,10 @@ CHANGES = {
     "old_rng": lambda m: m.old_rng.rand(),
     "python_rng": lambda m: m.python_rng.random(),
     "layer.calls": lambda m: setattr(m.layer, "calls", 5),
+    "of_class": lambda m: m.of_class.append(1),
+    "count_of_class": lambda m: setattr(Model, "count_of_class", 7),
+    "slotted": lambda m: m.slotted.total.append(1.0),
+    "slotted_too": lambda m: setattr(m.slotted_too, "last", 1),
     "fresh": lambda m: setattr(m, "fresh", 5),
 }
 
@@ -95,7 +116,7 @@ def test_a_change_is_named_and_put_back(name: str) -> None:
     assert shown(model) == before
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name != "fresh"])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("fresh", "of_class", "count_of_class")])
 def test_a_value_that_is_replaced_or_removed_comes_back(name: str) -> None:
     model = Model()
     before, attributes = shown(model), Attributes(model)
