@@ -6,6 +6,7 @@ says what is wrong, the value found, the range wanted and the option that mends 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 EXIT_DONE = 0
@@ -65,3 +66,37 @@ class DivergedError(FedmpiError):
     """Training produced a non-finite number."""
 
     exit_code: ClassVar[int] = EXIT_DIVERGED
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return what a message says of a value that comes from outside: one line, printable characters only, cut.
+
+    Text, bytes and numbers are told as they are, a list by its first values, anything else by its type alone: no code
+    of a foreign object runs. The cost does not depend on the size of the value.
+    """
+    text = _listed(value, limit) if isinstance(value, list | tuple) else _plain_text(value, limit)
+    line = " ".join(text.split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= limit else f"{line[: max(0, limit - 3)]}..."
+
+
+def _listed(values: Sequence[object], limit: int) -> str:
+    if type(values) not in (list, tuple):
+        return f"a {type(values).__name__}"
+    parts = [
+        f"a {type(item).__name__}" if isinstance(item, list | tuple) else shown(item, limit) for item in values[:3]
+    ]
+    return f"[{', '.join(parts + ['...'] * (len(values) > 3))}]"
+
+
+def _plain_text(value: object, limit: int) -> str:
+    most = 4 * limit  # white space is folded afterwards
+    if type(value) is str:
+        return value[:most]
+    if type(value) in (bytes, bytearray):
+        return bytes(value[:most]).decode(errors="backslashreplace")  # type: ignore[index]  # one of the two
+    if type(value) is int and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or type(value) in (bool, int, float):
+        return str(value)
+    return f"a {type(value).__name__}"
