@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.config import DataConfig
-from fedmpi.core.errors import PartitionError
+from fedmpi.core.errors import PartitionError, shown
 from fedmpi.core.files import atomic_write
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import partition_parameters
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.pickles import IntArray, RefusedError, load_plain, paused_gc
+from fedmpi.data.reading import read_regular
 from fedmpi.data.slicing import Partition
 
 VERSION = 1
@@ -31,52 +32,78 @@ def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
     """Write {client_id: indices} as a pickle that any Python with NumPy loads; atomic.
 
     Raises:
-        PartitionError: indices that are no integers.
+        PartitionError: ids or indices that are no integers.
         FilesystemError: the folder cannot be written.
     """
-    plain = {int(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
+    plain = {_as_id(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
     atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
 
 
-@paused_gc()
 def load_dict(path: str | Path) -> Partition:
     """Read what `save_dict`, FedLab, or another program pickled as {client_id: integers}; runs no code of the file.
 
     Raises:
         PartitionError: no such file, damaged, or it holds anything but integers, lists and arrays of integers.
     """
+    return parse_dict(read_pickle(path), path)
+
+
+def read_pickle(path: str | Path) -> bytes:
+    """The bytes of a partition file.
+
+    Raises:
+        PartitionError: it cannot be read.
+    """
     try:
-        data = Path(path).read_bytes()
+        return read_regular(path)
     except FileNotFoundError as error:
         raise PartitionError(f"{path}: no such file; python -m fedmpi.data.prepare makes splits") from error
     except OSError as error:
         raise PartitionError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@paused_gc()
+def parse_dict(data: bytes, name: str | Path) -> Partition:
+    """The split in the bytes of a pickle; see `load_dict`.
+
+    Args:
+        data: the bytes.
+        name: what to call them in messages.
+    """
     try:
         value = load_plain(data)
     except RefusedError as error:
-        raise PartitionError(f"{path} is refused: {error}") from error
+        raise PartitionError(f"{name} is refused: {error}") from error
     if type(value) is not dict:
-        raise PartitionError(f"{path} must hold a dict of client_id: indices, found a {type(value).__name__}")
+        raise PartitionError(f"{name} must hold a dict of client_id: indices, found a {type(value).__name__}")
     try:
         return _flat_copies(value, len(data))
     except PartitionError as error:
-        raise PartitionError(f"{path}: {error}") from error
+        raise PartitionError(f"{name}: {error}") from error
 
 
-def _flat_copies(value: dict[Any, Any], size_bytes: int) -> Partition:
+def _as_id(client_id: Any) -> int:
+    if isinstance(client_id, bool) or not isinstance(client_id, int | np.integer):
+        raise PartitionError(f"client ids must be integers, got {shown(client_id, 40)} ({type(client_id).__name__})")
+    return int(client_id)
+
+
+def _flat_copies(value: dict[Any, Any], num_bytes: int) -> Partition:
     """The arrays, writable, as views of one buffer."""
     if not {type(client_id) for client_id in value} <= {int}:
         wrong = next(client_id for client_id in value if type(client_id) is not int)
-        raise PartitionError(f"client ids must be integers, found {str(wrong)[:40]!r}")
-    held = list(value.values())
-    if {type(indices) for indices in held} == {IntArray} and {_kind(indices) for indices in held} == {(_INT64, 1)}:
-        contents = [indices.content for indices in held]  # nearly every file: a million clients take a second less
+        raise PartitionError(
+            f"client ids must be the integers 0..{len(value) - 1}, found {shown(wrong, 40)} ({type(wrong).__name__})"
+        )
+    parts = list(value.values())
+    contents: list[bytes | bytearray] = []
+    if {type(indices) for indices in parts} == {IntArray} and {_kind(indices) for indices in parts} == {(_INT64, 1)}:
+        contents = [indices.content for indices in parts]  # nearly every file: a million clients take a second less
         sizes = np.fromiter(map(len, contents), np.int64, len(contents)) // _INT64.itemsize
     else:
-        contents = []
         sizes = np.array([_size(client_id, indices) for client_id, indices in value.items()], np.int64)
     ends = np.cumsum(sizes).tolist()
-    if ends and ends[-1] > size_bytes:  # one array under many ids: a small file that would fill the memory
+    if ends and ends[-1] > num_bytes:  # one array under many ids: a small file that would fill the memory
         raise PartitionError("it holds more indices than bytes: some are shared between clients")
     if contents:
         flat = np.frombuffer(bytearray().join(contents), np.int64)
@@ -85,8 +112,8 @@ def _flat_copies(value: dict[Any, Any], size_bytes: int) -> Partition:
     return {client_id: flat[start:end] for client_id, start, end in zip(value, [0, *ends], ends, strict=False)}
 
 
-def _kind(indices: IntArray) -> tuple[np.dtype[Any], int]:
-    return indices.dtype, len(indices.shape)
+def _kind(indices: IntArray) -> tuple[Any, int]:
+    return str if type(indices.content) is str else indices.dtype, len(indices.shape)
 
 
 def _size(client_id: int, indices: Any) -> int:
@@ -100,21 +127,30 @@ def _size(client_id: int, indices: Any) -> int:
 
 
 def _as_int64(client_id: object, indices: Any) -> NDArray[np.int64]:
-    if type(indices) is IntArray:
-        indices = indices.array
+    client = f"client {shown(client_id)}"
     try:
+        if type(indices) is IntArray:
+            indices = indices.array
         if isinstance(indices, list | tuple):
-            if not {type(i) for i in indices} <= {int} and not all(isinstance(i, np.integer) for i in indices):
-                raise PartitionError(f"client {client_id}: indices must be integers, got {indices[:3]}...")
+            if not {type(i) for i in indices} <= {int}:
+                _refuse_other_than_integers(client, indices)
             return np.array(indices, np.int64)
         if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" and indices.ndim == 1:
             if indices.dtype.kind == "u" and indices.size and int(indices.max()) > np.iinfo(np.int64).max:
-                raise PartitionError(f"client {client_id} holds index {int(indices.max())}, too large for int64")
+                raise PartitionError(f"{client} holds index {int(indices.max())}, too large for int64")
             return np.ascontiguousarray(indices, np.int64)
     except OverflowError as error:
-        raise PartitionError(f"client {client_id} holds an index too large for int64") from error
+        raise PartitionError(f"{client} holds an index too large for int64") from error
+    except ValueError as error:
+        raise PartitionError(f"{client}: its bytes are no array ({shown(str(error))})") from error
     what = f"{indices.dtype} of shape {indices.shape}" if isinstance(indices, np.ndarray) else type(indices).__name__
-    raise PartitionError(f"client {client_id}: indices must be a list or a flat array of integers, got {what}")
+    raise PartitionError(f"{client}: indices must be a list or a flat array of integers, got {what}")
+
+
+def _refuse_other_than_integers(client: str, indices: Iterable[Any]) -> None:
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int | np.integer):
+            raise PartitionError(f"{client}: indices must be integers, got {shown(index, 40)} ({type(index).__name__})")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedmpi.config import RunConfig
 from fedmpi.core.errors import FilesystemError, PartitionError
-from fedmpi.data import partition_file, pickles
+from fedmpi.data import partition_file
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition import random_slicing
 from fedmpi.data.partition_file import (
@@ -33,12 +33,6 @@ from fedmpi.data.partition_file import (
 
 SPLIT = {0: np.array([4, 1, 300_000_000_000]), 1: np.array([7]), 2: np.array([0, 2])}
 RAN: list[str] = []
-
-
-@pytest.fixture(params=[pickles.CAREFUL_BYTES, 0], ids=["careful", "fast"], autouse=True)
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here holds for both pickle machines."""
-    monkeypatch.setattr(pickles, "CAREFUL_BYTES", request.param)
 
 
 def same(partition: dict[int, Any], wanted: dict[int, Any] = SPLIT) -> bool:
@@ -177,26 +171,6 @@ def test_the_refusal_names_what_was_asked_for(tmp_path: Path) -> None:
         load_dict(tmp_path / "a.pkl")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        PROTO + b"}r\xff\xff\xff\xff.",  # a memo of 4 billion entries
-        PROTO + b"}p4000000000\n.",
-        PROTO + b"}N" + b"\x85" * 300_000 + b"K\x01s.",  # a key whose hash would overflow the C stack
-    ],
-    ids=["memo", "text memo", "deep key"],
-)
-def test_a_small_file_cannot_ask_for_much(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "CAREFUL_BYTES", 8 * 2**20)
-    (tmp_path / "a.pkl").write_bytes(data)
-    if b"s." in data:
-        with pytest.raises(PartitionError, match="keys are neither integers nor text"):
-            load_dict(tmp_path / "a.pkl")
-    else:
-        assert load_dict(tmp_path / "a.pkl") == {}
-
-
-@pytest.mark.parametrize("machine", [pickles.CAREFUL_BYTES], indirect=True)  # the fast one may ask for much memory
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.data())
 def test_damaged_bytes_give_one_line_or_integers(data: st.DataObject) -> None:

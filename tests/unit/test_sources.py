@@ -24,7 +24,7 @@ import pytest
 
 import fedmpi
 from fedmpi.core.errors import DataError, FilesystemError
-from fedmpi.data import cifar, fetch, pickles, sources, verify
+from fedmpi.data import cifar, fetch, sources, verify
 from fedmpi.data.cifar import write_idx
 from fedmpi.data.datasets import load_idx, read_idx
 from fedmpi.data.fetch import SourceError, run_child
@@ -382,11 +382,7 @@ def python2_batch(images: np.ndarray, labels: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("shape", ["archive", "folder"])
-@pytest.mark.parametrize("careful", [True, False])
-def test_cifar_of_the_official_format(
-    tmp_path: Path, shape: str, careful: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pickles, "CAREFUL_BYTES", pickles.CAREFUL_BYTES if careful else 0)
+def test_cifar_of_the_official_format(tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 4, 3072), np.uint8)
     names_ = ("data_batch_1", "data_batch_2", "test_batch")
