@@ -35,6 +35,22 @@ class Aggregators:
             return rows[middle].clone()
         return ((rows[middle - 1].double() + rows[middle].double()) / 2).float()
 
+    @staticmethod
+    def fedasync_aggregate(server_param: Tensor, new_param: Tensor, alpha: float | Tensor) -> Tensor:
+        """(P,) float32: (1 - alpha) server_param + alpha new_param, in float64.
+
+        Source: Xie et al., "Asynchronous federated optimization", 2019, arXiv 1903.03934, algorithm 1.
+
+        Raises:
+            ValueError: vectors of two shapes, or alpha outside [0, 1].
+        """
+        if server_param.shape != new_param.shape:
+            raise ValueError(f"two vectors of one shape are mixed, got {server_param.shape} and {new_param.shape}")
+        share = float(alpha)
+        if not 0 <= share <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {share}")
+        return ((1 - share) * server_param.double() + share * new_param.double()).float()
+
 
 def _stack(rows: list[Tensor] | Tensor) -> Tensor:
     return rows if isinstance(rows, Tensor) else torch.stack(rows)

@@ -26,7 +26,7 @@ _MAGIC = 0x4645444D5049_03  # FEDMPI, layout version 3
 
 
 class MessageCode(IntEnum):
-    """What a package is for. Names and numbers are FedLab's."""
+    """The purpose of a package. Names and numbers are FedLab's; its spelling is an alias."""
 
     PARAMETER_REQUEST = 0  # never sent: a round starts when the server says so
     GRADIENT_UPDATE = 1  # the cohort's exact sum of updates
@@ -34,6 +34,13 @@ class MessageCode(IntEnum):
     EVALUATE_PARAMS = 3  # evaluate the model that comes with it
     EXIT = 4  # down: the job ends; up: a signal has asked this rank to stop
     SET_UP = 5
+
+    ParameterRequest = PARAMETER_REQUEST
+    GradientUpdate = GRADIENT_UPDATE
+    ParameterUpdate = PARAMETER_UPDATE
+    EvaluateParams = EVALUATE_PARAMS
+    Exit = EXIT
+    SetUp = SET_UP
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,16 @@ class ClientSGDTrainer(ClientTrainer):
 
 
 def _len_of(loader: Any) -> int:
-    for part in ("sampler", "dataset"):
-        if hasattr(loader, part):
-            return len(getattr(loader, part))
-    if hasattr(loader, "__len__"):
-        return sum(len(labels) for _, labels in loader)
-    raise ModelError(f"cannot tell the samples of a {type(loader).__name__}: override num_samples(client_ids)")
+    try:
+        for part in ("sampler", "dataset"):
+            if hasattr(loader, part):
+                return len(getattr(loader, part))
+    except (TypeError, NotImplementedError):  # an IterableDataset
+        pass
+    else:
+        if hasattr(loader, "__len__"):
+            return sum(len(labels) for _, labels in loader)
+    raise ModelError(
+        f"cannot tell the samples of a {type(loader).__name__}, which has no length: give a list of batches or a "
+        "DataLoader over a data set with __len__, or override num_samples(client_ids)"
+    )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.core.errors import PartitionError
+from fedmpi.data.labels import count_of, labels_of
 
 Indices: TypeAlias = NDArray[np.int64]
 Partition: TypeAlias = dict[int, Indices]
@@ -25,14 +26,14 @@ def random_slicing(dataset: Any, num_clients: int, rng: int | np.random.Generato
     """Deal the samples out at random; sizes differ by at most 1.
 
     Args:
-        dataset: labels (N,), a `Split` or `Dataset` of ours (its training split), or a torchvision-like data set.
+        dataset: anything with a length; for what has labels, see `labels_of`.
         num_clients: K.
         rng: a seed or a generator.
 
     Raises:
         PartitionError: fewer samples than clients.
     """
-    num_samples = _count(dataset)
+    num_samples = count_of(dataset)
     _check_count(num_samples, num_clients)
     order = np.random.default_rng(rng).permutation(num_samples)
     return _cut(order, np.arange(num_clients + 1, dtype=np.int64) * num_samples // num_clients)
@@ -46,7 +47,7 @@ def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | n
     Source: McMahan et al. 2017, arXiv:1602.05629, section 3 (200 shards, 2 for each of 100 clients).
 
     Args:
-        dataset: as in `random_slicing`.
+        dataset: labels (N,), or a data set that stores them; see `labels_of`.
         num_clients: K.
         num_shards: S, a multiple of K, at most N.
         rng: a seed or a generator.
@@ -82,7 +83,7 @@ def dirichlet_slicing(
     arXiv:2102.02079.
 
     Args:
-        dataset: as in `random_slicing`.
+        dataset: labels (N,), or a data set that stores them; see `labels_of`.
         num_clients: K.
         alpha: concentration, in (0, inf): 0.1 gives a client one or two classes, 100 nearly all alike.
         min_samples: fewest samples of a client, at least 1 and at most N / K.
@@ -108,29 +109,6 @@ def dirichlet_slicing(
         held[open_clients] += counts
     _fill_up(owner, held, labels, min_samples, rng)
     return _cut(np.argsort(owner, kind="stable"), np.concatenate(([0], np.cumsum(held))))
-
-
-def labels_of(dataset: Any) -> NDArray[Any]:
-    """The labels (N,) of anything the partitioners take.
-
-    Raises:
-        PartitionError: it has none, or they are not one integer (or text) a sample.
-    """
-    split = getattr(dataset, "train", dataset)
-    found = next((getattr(split, name) for name in ("y", "targets", "labels") if hasattr(split, name)), None)
-    if found is None:
-        found = split.tensors[1] if hasattr(split, "tensors") else split
-    try:
-        labels = np.asarray(found)
-    except (TypeError, ValueError) as error:
-        raise PartitionError(f"no labels in a {type(dataset).__name__}: {error}") from error
-    if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
-        raise PartitionError(f"labels must be one integer a sample, got {labels.dtype} of shape {labels.shape}")
-    return labels
-
-
-def _count(dataset: Any) -> int:
-    return len(getattr(dataset, "train", dataset)) if hasattr(dataset, "__len__") else len(labels_of(dataset))
 
 
 def _check_count(num_samples: int, num_clients: int, min_samples: int = 1) -> None:

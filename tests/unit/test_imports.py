@@ -31,7 +31,8 @@ ALLOWED = {
     "options": {"core"},
     # the machine
     "core": set(),
-    # the door: loads any of these when first asked for
+    # FedLab's names, and the door: loads any of these when first asked for
+    "fedlab": {"__init__"},
     "__init__": {"core", "data"},
 }
 

@@ -159,9 +159,9 @@ def test_many_clients() -> None:
         (lambda y: dirichlet_slicing(y, 7, 0.0), r"--alpha must be in \(0, inf\), got 0"),
         (lambda y: dirichlet_slicing(y, 7, float("nan")), "got nan"),
         (lambda y: dirichlet_slicing(y, 7, float("inf")), "got inf"),
-        (lambda y: dirichlet_slicing(y / 2, 7, 1.0), "labels must be one integer a sample, got float64"),
+        (lambda y: dirichlet_slicing(y / 2, 7, 1.0), "labels must be one integer per sample, got float64"),
         (lambda y: noniid_slicing(y.reshape(6, 10), 7, 7), r"of shape \(6, 10\)"),
-        (lambda y: noniid_slicing(object(), 1, 1), "labels must be one integer a sample, got object"),
+        (lambda y: noniid_slicing(object(), 1, 1), "object has no labels that can be read without its items"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(call: Any, message: str) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
 from fedmpi.core.errors import ModelError
 from fedmpi.core.exactsum import ExactSum
@@ -145,11 +146,22 @@ def test_samples_are_counted_by_the_sampler(loader: Batches, count: int) -> None
     assert counts.dtype == np.int64
 
 
-def test_a_loader_without_a_length_wants_num_samples_overridden() -> None:
+class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(one_sample(0))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [lambda _: iter(one_sample(0)), lambda _: (pair for pair in one_sample(0)), DataLoader(Stream()), Stream()],
+)
+def test_a_loader_without_a_length_wants_num_samples_overridden(loader: Any) -> None:
     model = Scalar()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    trainer = ClientSGDTrainer(model, lambda _: iter(one_sample(0)), 1, optimizer, nn.MSELoss())
-    with pytest.raises(ModelError, match=r"^cannot tell the samples of a list_iterator: override num_samples"):
+    trainer = ClientSGDTrainer(model, loader, 1, optimizer, nn.MSELoss())
+    with pytest.raises(
+        ModelError, match=r"^cannot tell the samples of a \w+, .*, or override num_samples\(client_ids\)$"
+    ):
         trainer.num_samples(np.array([0]))
 
 
