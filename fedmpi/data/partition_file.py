@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from fedmpi.config import DataConfig, RunConfig, data_flags
-from fedmpi.core.errors import FilesystemError, PartitionError
+from fedmpi.core.errors import FilesystemError, PartitionError, shown
 from fedmpi.core.files import remove_temps
 from fedmpi.core.lock import FileLock
 from fedmpi.data.datasets import Dataset
@@ -14,7 +14,9 @@ from fedmpi.data.partition import make_partition, partition_parameters
 from fedmpi.data.partition_index import PartitionIndex, check_partition, partition_sha256
 from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import Manifest, load_dict, manifest_path, read_manifest, save_dict, write_partition
+from fedmpi.data.reading import exists
 from fedmpi.data.sources import data_root, writable
+from fedmpi.data.trust import exposed
 
 __all__ = [
     "PartitionIndex",
@@ -55,7 +57,7 @@ def resolve_partition(
         return index, index.sha256(), path
     index, kept, problem = default_partition(config, dataset, data_dir)
     if kept is None:
-        logger.warning("%s: the split stays out of the data folder", problem)
+        logger.warning("%s: the split is kept in memory only", problem)
     return index, index.sha256(), kept
 
 
@@ -78,9 +80,14 @@ def default_partition(
     """The split in the data folder, made there if it is missing or damaged.
 
     Returns:
-        The split, its file, and "". Where the folder cannot be written: the split, None, and why.
+        The split, its file, and "". Where the folder cannot be written, or others may write to it, so that a file of
+        that name proves nothing: the split, None, and why.
     """
     path = data_root(data_dir) / config.dataset / "partitions" / partition_name(config)
+    problem = exposed(path) or exposed(manifest_path(path))
+    if problem:
+        made, _ = new_partition(config, dataset)
+        return made, None, problem
     index, problem = read_partition(path, config, dataset)
     if index is not None:
         return index, path, ""
@@ -89,7 +96,7 @@ def default_partition(
         return made, None, f"{path.parent} cannot be written"
     made, manifest = new_partition(config, dataset)  # before the lock: what is refused leaves nothing behind
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o755, parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock"), what=str(path)):
             remove_temps(path.parent, path.name)
             index, problem = read_partition(path, config, dataset)
@@ -115,8 +122,11 @@ def new_partition(config: DataConfig, dataset: Dataset) -> tuple[PartitionIndex,
 
 def read_partition(path: Path, config: DataConfig, dataset: Dataset) -> tuple[PartitionIndex | None, str]:
     """The split in `path` if it is the one `config` makes of `dataset`; else None and what is wrong ("": no file)."""
-    if not path.exists():
-        return None, ""
+    try:
+        if not exists(path):
+            return None, ""
+    except OSError as error:
+        return None, f"{path} cannot be read: {error.strerror}"
     try:
         manifest = read_manifest(path)
         if manifest is None:
@@ -130,7 +140,11 @@ def read_partition(path: Path, config: DataConfig, dataset: Dataset) -> tuple[Pa
 
 
 def _users_file(path: Path, config: RunConfig, dataset: Dataset) -> PartitionIndex:
-    if not path.exists():
+    try:
+        found = exists(path)
+    except OSError as error:
+        raise PartitionError(f"--partition-file {path} cannot be read: {error.strerror}") from error
+    if not found:
         raise PartitionError(
             f"--partition-file {path}: no such file; this makes a split with these settings: "
             f"python -m fedmpi.data.prepare {data_flags(config)} --out {path.parent}"
@@ -140,13 +154,13 @@ def _users_file(path: Path, config: RunConfig, dataset: Dataset) -> PartitionInd
         logger.warning("%s has no manifest: whether it was made for %s cannot be checked", path, dataset.name)
     elif manifest.dataset_sha256 != dataset.sha256:
         raise PartitionError(
-            f"{path} was made for {manifest.dataset} (hash {manifest.dataset_sha256[:8]}), "
+            f"{path} was made for {shown(manifest.dataset)} (hash {shown(manifest.dataset_sha256[:8])}), "
             f"the data is {dataset.name} (hash {dataset.sha256[:8]})"
         )
     index = read_checked(path, data_root(config.data_dir), len(dataset.train), config.num_clients)
     if manifest is not None and manifest.sha256 != index.sha256():
         raise PartitionError(
-            f"{path} is not the split of its manifest (hash {index.sha256()[:8]}, wanted {manifest.sha256[:8]}): "
-            f"make it again, or remove {manifest_path(path).name} to use it as it is"
+            f"{path} is not the split of its manifest (hash {index.sha256()[:8]}, wanted "
+            f"{shown(manifest.sha256[:8])}): make it again, or remove {manifest_path(path).name} to use it as it is"
         )
     return index

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import PartitionError
+from fedmpi.core.errors import PartitionError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,11 @@ class PartitionIndex:
             raise PartitionError("a split without clients")
         wrong = next((client_id for client_id in range(num_clients) if client_id not in partition), None)
         if wrong is not None:
-            found = ", ".join(repr(key)[:20] for key in list(partition)[:3])
-            raise PartitionError(f"{num_clients} clients must have the ids 0..{num_clients - 1}, found {found}, ...")
+            found = shown(list(partition)[:4])
+            raise PartitionError(
+                f"{num_clients} clients must have the ids 0..{num_clients - 1}, found {found}; to renumber a split: "
+                "{k: split[client] for k, client in enumerate(sorted(split))}"
+            )
         parts = [partition[client_id] for client_id in range(num_clients)]
         sizes = np.fromiter(map(len, parts), np.int64, num_clients)
         if sizes.min() == 0:
@@ -75,7 +78,9 @@ class PartitionIndex:
         try:
             indices = np.concatenate(parts)
         except (TypeError, ValueError) as error:
-            raise PartitionError(f"the indices of a client must be one list of integers: {error}") from error
+            raise PartitionError(
+                f"the indices of a client must be one list of integers: {shown(str(error))}"
+            ) from error
         if indices.dtype.kind not in "iu" or indices.ndim != 1:
             raise PartitionError(f"indices must be integers, got {indices.dtype}")
         return cls(np.concatenate(([0], np.cumsum(sizes))), indices.astype(np.int64, copy=False))

@@ -23,6 +23,7 @@ from fedmpi.data.reading import read_regular
 from fedmpi.data.slicing import Partition
 
 VERSION = 1
+MAX_MANIFEST_BYTES = 2**20
 
 _INT64: np.dtype[Any] = np.dtype(np.int64)
 
@@ -93,7 +94,8 @@ def _flat_copies(value: dict[Any, Any], num_bytes: int) -> Partition:
     if not {type(client_id) for client_id in value} <= {int}:
         wrong = next(client_id for client_id in value if type(client_id) is not int)
         raise PartitionError(
-            f"client ids must be the integers 0..{len(value) - 1}, found {shown(wrong, 40)} ({type(wrong).__name__})"
+            f"client ids must be the integers 0..{len(value) - 1}, found {shown(wrong, 40)} ({type(wrong).__name__}); "
+            "to renumber a split: {k: split[client] for k, client in enumerate(sorted(split))}"
         )
     parts = list(value.values())
     contents: list[bytes | bytearray] = []
@@ -189,15 +191,24 @@ def read_manifest(path: Path) -> Manifest | None:
     """
     file = manifest_path(path)
     try:
-        fields = json.loads(file.read_bytes())
-        manifest = Manifest(**fields)
+        fields = json.loads(read_regular(file, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise PartitionError(f"{file} is no manifest: {' '.join(str(error).split())}") from error
-    if manifest.version != VERSION:
-        raise PartitionError(f"{file} has version {manifest.version}, this program knows version {VERSION}")
-    return manifest
+    except (OSError, ValueError, RecursionError) as error:
+        raise PartitionError(f"{file} is no manifest: {shown(str(error), 200)}") from error
+    if type(fields) is not dict or "version" not in fields:
+        raise PartitionError(f"{file} is no manifest: it holds no version")
+    if type(fields["version"]) is not int or fields["version"] != VERSION:
+        raise PartitionError(f"{file} has version {shown(fields['version'])}, this program knows version {VERSION}")
+    for field in dataclasses.fields(Manifest):
+        kind = {"int": int, "str": str}.get(str(field.type), dict)
+        if field.name not in fields or type(fields[field.name]) is not kind:
+            found = shown(fields.get(field.name, "nothing"))
+            raise PartitionError(f"{file} is no manifest: {field.name} must be of type {kind.__name__}, found {found}")
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(Manifest)})
+    if unknown:
+        raise PartitionError(f"{file} is no manifest: unknown fields {shown(unknown)}")
+    return Manifest(**fields)
 
 
 def write_partition(path: Path, index: PartitionIndex, manifest: Manifest) -> None:

@@ -7,7 +7,18 @@ import os
 import stat
 from pathlib import Path
 
-MAX_MANIFEST_BYTES = 2**20
+
+def exists(path: Path) -> bool:
+    """Return True if something is at `path`.
+
+    Raises:
+        OSError: it cannot be said, e.g. in a folder of somebody else.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a null byte in the name
+        return False
+    return True
 
 
 def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:

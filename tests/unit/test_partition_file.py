@@ -224,7 +224,7 @@ def test_the_index() -> None:
     ("partition", "message"),
     [
         ({0: [0], 1: [1], 2: [2]}, "X holds 3 clients, --num-clients is 2"),
-        ({1: [0], 2: [1]}, r"X: 2 clients must have the ids 0..1, found 1, 2"),
+        ({1: [0], 2: [1]}, r"X: 2 clients must have the ids 0..1, found \[1, 2\]; to renumber a split: {k: "),
         ({"0": [0], "1": [1]}, "X: 2 clients must have the ids"),
         ({0: [0], 1: []}, "X: client 1 holds no sample"),
         ({0: [0], 1: [2, 9]}, r"X: client 1 holds index 9, the data has 4 samples \(0..3\)"),

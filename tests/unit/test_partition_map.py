@@ -34,7 +34,7 @@ def test_the_copy_is_read_instead_of_the_pickle(large, monkeypatch):
     assert as_dict(first) == {client_id: indices.tolist() for client_id, indices in SPLIT.items()}
     assert first.file is not None
     assert first.file.is_file()
-    monkeypatch.setattr(partition_map, "load_dict", lambda path: pytest.fail("the pickle is read"))
+    monkeypatch.setattr(partition_map, "parse_dict", lambda *_: pytest.fail("the pickle is read"))
     again = read(large)
     assert as_dict(again) == as_dict(first)
     assert again.sha256() == first.sha256()
@@ -89,3 +89,32 @@ def test_a_copy_is_checked_like_the_pickle(large):
         read_checked(*large, num_samples=5, num_clients=3)
     with pytest.raises(PartitionError, match="no such file"):
         read_checked(large[0].with_name("none.pkl"), large[1], 6, 3)
+
+
+@pytest.mark.parametrize("open_part", ["data", "data/mapped-splits", "file"])
+def test_a_copy_that_others_may_write_is_not_believed(large, open_part):
+    """Somebody puts a valid copy of another split under the name: its checksum says nothing about the pickle."""
+    file = read(large).file
+    other = partition_map.PartitionIndex(np.array([0, 2, 3, 6]), np.array([1, 2, 0, 3, 4, 5]))
+    partition_map.write_map(other, file)
+    assert as_dict(read(large))[0] == [1, 2]  # of this user's own doing
+    (file if open_part == "file" else large[1].parent / open_part).chmod(0o777)
+    assert map_split(file) is None
+    assert map_split(file, whole=False) is None
+    index = read(large)
+    assert index.file is None
+    assert as_dict(index)[0] == SPLIT[0].tolist()
+
+
+def test_a_pickle_swapped_while_it_is_read_leaves_no_wrong_copy(large, monkeypatch):
+    parse = partition_map.parse_dict
+
+    def swapping(data, name):
+        save_dict({**SPLIT, 0: np.array([2, 4])}, large[0])
+        return parse(data, name)
+
+    monkeypatch.setattr(partition_map, "parse_dict", swapping)
+    assert as_dict(read(large))[0] == [4, 2]
+    monkeypatch.undo()
+    monkeypatch.setattr(partition_map, "LARGE_BYTES", 1)
+    assert as_dict(read(large))[0] == [2, 4]
