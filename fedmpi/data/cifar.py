@@ -6,8 +6,6 @@ Letters: N samples; an image is 3 x 32 x 32 (channel, row, column), uint8.
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmpi.core.errors import shown
+from fedmpi.data.archive import ArchiveError, members
 from fedmpi.data.fetch import SourceError
 from fedmpi.data.pickles import IntArray, RefusedError, load_plain
+from fedmpi.data.reading import MAX_DATA_BYTES, is_folder, is_regular, read_regular
 
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
@@ -64,25 +65,30 @@ def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
 
 def _read_batches(folder: Path, batches: Mapping[str, str]) -> dict[str, bytes]:
     try:
-        if (folder / FOLDER).is_dir():
-            return {name: (folder / FOLDER / name).read_bytes() for name in batches}
-        with tarfile.open(folder / ARCHIVE) as tar:
-            members = {name: tar.extractfile(f"{FOLDER}/{name}") for name in batches}
-            return {name: (member or io.BytesIO()).read() for name, member in members.items()}
+        if is_folder(folder / FOLDER):
+            return {name: read_regular(folder / FOLDER / name, MAX_DATA_BYTES) for name in batches}
+        wanted = {f"{FOLDER}/{name}": name for name in batches}
+        found = {wanted[path]: content for path, content in members(folder / ARCHIVE, wanted)}
     except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise SourceError(f"no {ARCHIVE}" if missing == ARCHIVE else f"no {FOLDER}/{missing}") from error
-    except (KeyError, EOFError, tarfile.TarError, OSError) as error:
-        raise SourceError(f"{ARCHIVE} is damaged ({' '.join(str(error).split())})") from error
+        missing = next((name for name in batches if not is_regular(folder / FOLDER / name)), "")
+        raise SourceError(f"no {FOLDER}/{missing}" if is_folder(folder / FOLDER) else f"no {ARCHIVE}") from error
+    except OSError as error:
+        raise SourceError(f"{FOLDER} cannot be read ({error.strerror})") from error
+    except ArchiveError as error:
+        raise SourceError(f"{ARCHIVE} is damaged ({error})") from error
+    missing = ", ".join(name for name in batches if name not in found)
+    if missing:
+        raise SourceError(f"{ARCHIVE} holds no {missing}")
+    return {name: found[name] for name in batches}
 
 
 def _decode_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     try:
         batch: Any = load_plain(data)
         pixels, labels = batch["data"], batch["labels"]
-        if not isinstance(pixels, IntArray) or pixels.dtype != np.uint8:
+        if type(batch) is not dict or type(pixels) is not IntArray or pixels.dtype != np.uint8:
             raise SourceError(f"{name} holds no uint8 pixels")
         images = pixels.array.reshape(-1, *IMAGE_SHAPE)
         return images, np.array(labels, np.uint8).reshape(len(images))
     except (RefusedError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise SourceError(f"{name} is no CIFAR-10 batch ({error})") from error
+        raise SourceError(f"{name} is no CIFAR-10 batch ({shown(str(error))})") from error

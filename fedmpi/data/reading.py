@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have made: regular ones only, never more than a limit, and without waiting."""
+"""Opening files that somebody else may have made: regular ones only, never more than a limit, and without waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,59 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
+
+MAX_DATA_BYTES = 2**28
+"""Limit for one file, or one unpacked archive, of a data set; CIFAR-10's largest has 154 MB."""
+
+
+def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
+    """Open a file to read; links are followed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read, is no regular file (a pipe would wait for ever), or too long. `strerror` says so.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except ValueError as error:  # a null byte in the name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+    found = os.fstat(descriptor)
+    problem: OSError | None = None
+    if stat.S_ISDIR(found.st_mode):
+        problem = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    elif not stat.S_ISREG(found.st_mode):
+        problem = OSError(errno.EINVAL, "It is no regular file")
+    elif found.st_size > max_bytes:
+        problem = OSError(errno.EFBIG, f"It has {found.st_size} bytes, at most {max_bytes} are read")
+    if problem is not None:
+        os.close(descriptor)
+        raise problem
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: the file; links are followed.
+        max_bytes: longer files are refused; None: half of this machine's memory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: as in `open_regular`; or it has holes, which cost nothing on disk and all their length in memory.
+    """
+    if max_bytes is None:
+        max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with open_regular(path, max_bytes) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size:
+            raise OSError(errno.EINVAL, "It has holes: parts of it were never written")
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        try:
+            return file.read(size)
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
 
 
 def exists(path: Path) -> bool:
@@ -21,37 +74,18 @@ def exists(path: Path) -> bool:
     return True
 
 
-def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
-    """The content of a file.
+def is_regular(path: Path) -> bool:
+    """Return True if a regular file is at `path`, and may be looked at."""
+    return stat.S_ISREG(_mode(path))
 
-    Args:
-        path: the file; links are followed.
-        max_bytes: longer files are refused; None: half of this machine's memory.
 
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read, is no regular file (a pipe would wait for ever), too long, or has holes, which
-            cost nothing on disk and all their length in memory. `strerror` says so.
-    """
-    if max_bytes is None:
-        max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def is_folder(path: Path) -> bool:
+    """Return True if a folder is at `path`, and may be looked at."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except ValueError as error:  # a null byte in the name
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "It is no regular file")
-        if found.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"It has {found.st_size} bytes, at most {max_bytes} are read")
-        if found.st_size and os.lseek(descriptor, 0, os.SEEK_HOLE) < found.st_size:
-            raise OSError(errno.EINVAL, "It has holes: parts of it were never written")
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        try:
-            content = file.read(found.st_size)
-        except MemoryError as error:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
-    return content
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0

@@ -17,7 +17,9 @@ from fedmpi.core.files import remove_temps
 from fedmpi.core.lock import FileLock
 from fedmpi.data.bring import STAGING, bring
 from fedmpi.data.raw_sets import RAW_SETS, RawSet
-from fedmpi.data.verify import compare, recorded, say, wanted_sums, write_record
+from fedmpi.data.reading import is_folder, is_regular
+from fedmpi.data.trust import exposed
+from fedmpi.data.verify import RECORD, compare, recorded, say, wanted_sums, write_record
 
 LOCK = ".lock"
 
@@ -59,17 +61,22 @@ def obtain(name: str, data_dir: str | Path | None = None) -> Path:
         return home
     folder = recorded(raw, root, home)
     if folder is not None:
-        if (home / LOCK).exists():  # of a process that is about to leave, or was killed while it left
+        if is_regular(home / LOCK):  # of a process that is about to leave, or was killed while it left
             with contextlib.suppress(FilesystemError), FileLock(home / LOCK, timeout_s=0):
                 pass
         return folder
+    problem = exposed(home / RECORD)
+    if problem:
+        folder = _found_where_others_write(name, raw, root, home, problem)
+        if folder is not None:
+            return folder
     if not writable(home):
         folder, wrong = _find(raw, root, home)
         if folder is None:
             raise DataError(f"{name}: {home} is read-only and {say(wrong)}: mend it there, or give another --data-dir")
         return folder
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(0o755, parents=True, exist_ok=True)
         with FileLock(home / LOCK):
             return recorded(raw, root, home) or _renew(name, raw, root, home)
     except OSError as error:
@@ -90,10 +97,25 @@ def obtained(name: str, data_dir: str | Path | None = None) -> tuple[Path, dict[
     return folder, wanted_sums(raw, home)
 
 
+def _found_where_others_write(name: str, raw: RawSet, root: Path, home: Path, problem: str) -> Path | None:
+    """The folder with the right files, hashed now; None: it has to be fetched.
+
+    Raises:
+        DataError: the files have no known sums, so that nothing can be verified there.
+    """
+    if not all(raw.files.values()):
+        raise DataError(f"{name}: {problem}, and decoded files cannot be verified there: give a --data-dir of your own")
+    folder, _ = _find(raw, root, home)
+    if folder is not None:
+        logger.info("%s: %s: its files are hashed at each start", name, problem)
+    return folder
+
+
 def _renew(name: str, raw: RawSet, root: Path, home: Path) -> Path:
     """Under the lock: verify what is there, fetch what is not, write the record."""
     remove_temps(home)
-    shutil.rmtree(home / STAGING, ignore_errors=True)
+    for left in home.glob(f"{STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)
     folder, wrong = _find(raw, root, home)
     if folder is None:
         for file, problem in wrong.items():
@@ -101,7 +123,8 @@ def _renew(name: str, raw: RawSet, root: Path, home: Path) -> Path:
                 logger.warning("%s: %s %s: fetching it again", name, home / file, problem)
         bring(name, raw, root, home, wrong)
         folder = home
-    write_record(raw, root, home, folder)
+    if not exposed(home / RECORD):
+        write_record(raw, root, home, folder)
     return folder
 
 
@@ -112,13 +135,13 @@ def _find(raw: RawSet, root: Path, home: Path) -> tuple[Path | None, dict[str, s
     if not wrong:
         return home, {}
     for folder in (root / layout for layout in raw.layouts):
-        if all((folder / file).is_file() for file in wanted) and not compare(folder, wanted):
+        if all(is_regular(folder / file) for file in wanted) and not compare(folder, wanted):
             return folder, {}
     return None, wrong
 
 
 def writable(folder: Path) -> bool:
     """Whether files can be made in `folder`, or the folder itself; only asks."""
-    while not folder.exists() and folder != folder.parent:
+    while not (is_folder(folder) or is_regular(folder)) and folder != folder.parent:
         folder = folder.parent
     return os.access(folder, os.W_OK | os.X_OK)

@@ -1,4 +1,7 @@
-"""Which files of a data set are the right ones: SHA-256 sums, and the record that spares hashing them again."""
+"""The SHA-256 sums that files of a data set must have, and the record that spares hashing them again.
+
+The record counts only where nobody else can write (see `trust`): elsewhere the files are hashed each time.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ from typing import Any
 
 from fedmpi.core.files import atomic_write
 from fedmpi.data.raw_sets import RawSet
+from fedmpi.data.reading import MAX_DATA_BYTES, open_regular, read_regular
+from fedmpi.data.trust import exposed
 
 RECORD = "verified.json"
 MISSING = "missing"
+
+_MAX_RECORD_BYTES = 2**20
 
 
 def write_record(raw: RawSet, root: Path, home: Path, folder: Path) -> None:
@@ -53,15 +60,17 @@ def recorded(raw: RawSet, root: Path, home: Path) -> Path | None:
             entry = record["files"][file]
             if entry["stat"] != stat_of(folder / file) or entry["sha256"] != (pinned or entry["sha256"]):
                 return None
-    except (OSError, KeyError, TypeError):
+    except (OSError, LookupError, TypeError, ValueError):
         return None
     return folder
 
 
 def _read_record(home: Path) -> dict[str, Any]:
+    if exposed(home / RECORD):
+        return {}
     try:
-        record = json.loads((home / RECORD).read_bytes())
-    except (OSError, ValueError):
+        record = json.loads(read_regular(home / RECORD, _MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -83,7 +92,7 @@ def stat_of(path: Path) -> list[int]:
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path, MAX_DATA_BYTES) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

