@@ -15,7 +15,7 @@ from fedmpi.data.partition_index import PartitionIndex, check_partition, partiti
 from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import Manifest, load_dict, manifest_path, read_manifest, save_dict, write_partition
 from fedmpi.data.reading import exists
-from fedmpi.data.sources import data_root, writable
+from fedmpi.data.sources import data_root, expanded, writable
 from fedmpi.data.trust import exposed
 
 __all__ = [
@@ -52,7 +52,7 @@ def resolve_partition(
         PartitionError: the file is missing, damaged or for something else, or the split cannot exist.
     """
     if config.partition_file is not None:
-        path = Path(config.partition_file).expanduser()
+        path = expanded(config.partition_file, "--partition-file")
         index = _users_file(path, config, dataset)
         return index, index.sha256(), path
     index, kept, problem = default_partition(config, dataset, data_dir)
@@ -104,8 +104,10 @@ def default_partition(
                 if problem:
                     logger.warning("%s: made again", problem)
                 write_partition(path, made, manifest)
-    except (FilesystemError, OSError) as error:
+    except FilesystemError as error:
         return made, None, str(error)
+    except OSError as error:
+        return made, None, f"{error.filename or path} cannot be made: {error.strerror}"
     return made, path, ""
 
 

@@ -69,7 +69,7 @@ class PartitionIndex:
             found = shown(list(partition)[:4])
             raise PartitionError(
                 f"{num_clients} clients must have the ids 0..{num_clients - 1}, found {found}; to renumber a split: "
-                "{k: split[client] for k, client in enumerate(sorted(split))}"
+                "{k: split[client] for k, client in enumerate(split)}"
             )
         parts = [partition[client_id] for client_id in range(num_clients)]
         sizes = np.fromiter(map(len, parts), np.int64, num_clients)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.config import DataConfig
-from fedmpi.core.errors import PartitionError, shown
+from fedmpi.core.errors import FilesystemError, PartitionError, shown
 from fedmpi.core.files import atomic_write
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import partition_parameters
@@ -95,7 +95,7 @@ def _flat_copies(value: dict[Any, Any], num_bytes: int) -> Partition:
         wrong = next(client_id for client_id in value if type(client_id) is not int)
         raise PartitionError(
             f"client ids must be the integers 0..{len(value) - 1}, found {shown(wrong, 40)} ({type(wrong).__name__}); "
-            "to renumber a split: {k: split[client] for k, client in enumerate(sorted(split))}"
+            "to renumber a split: {k: split[client] for k, client in enumerate(split)}"
         )
     parts = list(value.values())
     contents: list[bytes | bytearray] = []
@@ -217,6 +217,9 @@ def write_partition(path: Path, index: PartitionIndex, manifest: Manifest) -> No
     Raises:
         FilesystemError: the folder cannot be written.
     """
-    manifest_path(path).unlink(missing_ok=True)
+    try:
+        manifest_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise FilesystemError(f"{manifest_path(path)} cannot be replaced: {error.strerror}") from error
     save_dict({client_id: index[client_id] for client_id in range(index.num_clients)}, path)
     atomic_write(manifest_path(path), (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode())

@@ -23,7 +23,7 @@ from fedmpi.data.partition_file import default_partition, new_partition, partiti
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import manifest_path, write_partition
-from fedmpi.data.sources import data_root, obtain
+from fedmpi.data.sources import data_root, expanded, obtain
 from fedmpi.options import option, parse
 
 PROG = "python -m fedmpi.data.prepare"
@@ -54,7 +54,7 @@ def prepare(config: PrepareConfig) -> str:
             raise FilesystemError(f"{problem}: give a folder with --out")
         flag = "nothing: jobs with these settings find it"
     else:
-        path = Path(config.out).expanduser() / partition_name(config)
+        path = expanded(config.out, "--out") / partition_name(config)
         index = _write_once(path, config, dataset)
         flag = f"--partition-file {path}"
     read_checked(path, data_root(config.data_dir), len(dataset.train), config.num_clients)  # maps a large one for jobs

@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fedmpi.core.errors import DataError, FilesystemError
+from fedmpi.core.errors import ConfigError, DataError, FilesystemError, shown
 from fedmpi.core.files import remove_temps
 from fedmpi.core.lock import FileLock
 from fedmpi.data.bring import STAGING, bring
@@ -38,7 +38,19 @@ def default_data_dir() -> Path:
 
 def data_root(data_dir: str | Path | None) -> Path:
     """The folder of all data sets: `data_dir` (`--data-dir`), else the default."""
-    return default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    return default_data_dir() if data_dir is None else expanded(data_dir, "--data-dir")
+
+
+def expanded(path: str | Path, option: str) -> Path:
+    """`path`, the value of `option`, with the home folder for "~".
+
+    Raises:
+        ConfigError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{option} {shown(str(path))}: no such home folder") from error
 
 
 def obtain(name: str, data_dir: str | Path | None = None) -> Path:
