@@ -33,6 +33,13 @@ def test_the_table_holds_under_open_mpi(other, table):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_its_launcher_ends_jobs_as_the_readme_says(other):
+    words = [other / "python", "-m", "pytest", "-q", "-m", "slow", "-k", "launcher", "tests/e2e/test_readme.py"]
+    done = subprocess.run(words, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
+
+
 def test_the_collectives_hold_under_open_mpi(other):
     words = [other / "mpiexec", "-n", "3", other / "python", "-m", "pytest", "-q", "tests/spmd"]
     done = subprocess.run(words, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, check=False)
