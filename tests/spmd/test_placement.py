@@ -1,4 +1,4 @@
-"""Which trainer gets which client: drawn within a node, placed by expected cost between nodes, the same bits."""
+"""Placement between nodes by expected cost, and a server whose own step diverges."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def loader_of(client_id):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()), batch_size=4)
 
 
-class Noting(ClientSGDTrainer):
-    """Notes whom it trains."""
+class Recording(ClientSGDTrainer):
+    """A trainer that records its clients."""
 
     def train(self, model_parameters, epochs=None):
-        self.seen.append(self.client_id)
+        self.trained.append(self.client_id)
         super().train(model_parameters, epochs)
 
 
@@ -35,26 +35,26 @@ def network():
 
 
 def one_round(net, **options):
-    """A round of all clients; the clients this rank trained, and the final model's bytes on every rank."""
+    """Run one round of all clients; return the clients this rank trained, and the final model's bytes on every rank."""
     model = network()
-    trainer = Noting(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
-    trainer.seen = []
+    trainer = Recording(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
+    trainer.trained = []
     local = ClientPassiveManager(net, trainer) if not net.is_server or net.size == 1 else None
     if net.is_server:
         handler = SyncParameterServerHandler(network(), len(SIZES))
         ServerManager(net, handler, local, **options).run()
     else:
         local.run()
-    return trainer.seen, net.on_root(lambda: handler.model_parameters.numpy().tobytes())
+    return trainer.trained, net.on_root(lambda: handler.model_parameters.numpy().tobytes())
 
 
 def test_between_nodes_clients_are_placed_by_their_expected_cost(net, agree, monkeypatch):
     _, drawn = one_round(net)
     monkeypatch.setattr(net, "one_node", False)  # as with ranks that share no memory
-    seen, placed = one_round(net)
+    trained, placed = one_round(net)
     trainers = place(np.arange(len(SIZES)), CostModel().costs(SIZES), net.num_trainers, len(SIZES))
-    mine = np.flatnonzero(trainers + (net.size > 1) == net.rank).tolist()
-    agree(seen == mine, f"{seen}, not {mine}")
+    expected = np.flatnonzero(trainers + (net.size > 1) == net.rank).tolist()
+    agree(trained == expected, f"{trained}, not {expected}")
     agree(placed == drawn, "another model")
 
 

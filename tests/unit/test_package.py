@@ -1,4 +1,4 @@
-"""What pyproject.toml declares: bounds that can be installed as versions, and types for the checkers of others."""
+"""Declarations of pyproject.toml: bounds that can be installed as versions, and types for users' checkers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def requirements() -> list[str]:
-    """All of them, the extras' too."""
+    """Return all requirements, the extras' too."""
     project = DECLARED["project"]
     return project["dependencies"] + [text for extra in project["optional-dependencies"].values() for text in extra]
 

@@ -71,7 +71,7 @@ def loader_of(client_id: int) -> DataLoader[Any]:
 
 
 def trained(make: Callable[[], nn.Module]) -> tuple[SyncParameterServerHandler, list[Tensor]]:
-    """A server whose cohort is everybody, and what its clients came to in round 0."""
+    """Return a server whose cohort is everybody, and what its clients came to in round 0."""
     torch.manual_seed(0)
     server = SyncParameterServerHandler(make(), len(SIZES))
     server.client_sizes = np.array(SIZES)
@@ -90,7 +90,7 @@ def trained(make: Callable[[], nn.Module]) -> tuple[SyncParameterServerHandler, 
 
 
 def summed(start: Tensor, rows: list[Tensor], placement: list[list[int]]) -> Tensor:
-    """What the server gets when rank i adds the clients `placement[i]` and the ranks' integers are added."""
+    """Return what the server gets when rank i adds the clients `placement[i]` and the ranks' integers are added."""
     ranks = [ExactSum(start, sum(SIZES), max(SIZES)) for _ in placement]
     for exact, client_ids in zip(ranks, placement, strict=True):
         for client_id in client_ids:
@@ -104,7 +104,7 @@ def summed(start: Tensor, rows: list[Tensor], placement: list[list[int]]) -> Ten
 
 
 def in_blocks(start: Tensor, rows: list[Tensor], width: int) -> Tensor:
-    """What the server makes of rows that come in blocks of columns, with the bin that each client's trainer found."""
+    """Return what the server makes of rows in blocks of columns, with the bins that the trainers found."""
     bins = [ExactSum(start, sum(SIZES), max(SIZES)).bin_of(row) for row in rows]
     blocks = []
     for first in range(0, len(start), width):
