@@ -24,15 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core.attributes import Attributes
+from fedmpi.core.errors import ModelError
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.trainer import ClientTrainer, SingleSteps
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
-from fedmpi.engines.fused import why_not
+from fedmpi.engines.proof import why_not
+from fedmpi.engines.rehearsal import Rehearsal, rehearse
 from fedmpi.job import Algorithm
+
+_TRIAL_SIZE = 256
+"""Most samples of the trial before the first round."""
 
 
 class FedAvgTrainer(ClientTrainer):
@@ -54,16 +58,16 @@ class FedAvgTrainer(ClientTrainer):
         super().__init__(model, device)
         self.data = data
         self.config = config
+        self._is_plain = not _overridden(type(self))
         sgd = config.client_lr, config.client_momentum, config.client_weight_decay
-        before = Attributes(self.model)
-        self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd)
-        self.changed_attributes = before.changed()
-        before.put_back()
-        self.memory_format = memory_format_of(self.model)
-        self._shuffles = torch.Generator()
-        cls = type(self)
-        self._is_plain = (cls.begin_client, cls.train) == (FedAvgTrainer.begin_client, FedAvgTrainer.train)
+        trial = self._rehearse(sgd)
+        self.changed_attributes = trial.changed_attributes
+        self.engine, self.engine_note = choose_engine(
+            config.engine, self.model, data.input_shape, *sgd, trial.smallest_batch
+        )
         self.stateless_model = self._is_plain and why_not(self.model) is None
+        self.memory_format = memory_format_of(self.model)
+        self._shuffles = torch.Generator("cpu")
 
     def begin_client(self, round_idx: int, client_id: int) -> None:
         """Without the global generators where nobody draws from them: no user's model, no class derived from this."""
@@ -96,13 +100,60 @@ class FedAvgTrainer(ClientTrainer):
         n = len(self.data.partition[self.client_id])
         if not n:
             return
+        if not self._is_plain and self.config.engine == "auto" and not self.engine.runs_model:
+            self._check_still_plain()
         shuffles = self._shuffles.manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
         losses: list[float] = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
-            inputs, labels = self.data.load(self.client_id, torch.randperm(n, generator=shuffles).numpy())
+            inputs, labels = self.data.load(self.client_id, torch.randperm(n, generator=shuffles, device="cpu").numpy())
             shuffled = laid_out(inputs, self.memory_format)
-            losses += self.engine.epoch(shuffled, labels, self.config.batch_size or n).tolist()
+            losses += self.engine.epoch(shuffled, labels, min(self.config.batch_size or n, n)).tolist()
         self.loss = math.fsum(losses) / len(losses) if losses else math.nan
+
+    def _rehearse(self, sgd: tuple[float, float, float]) -> Rehearsal:
+        """A trial of a training step on samples of the largest client.
+
+        Raises:
+            ModelError: it cannot train, or a client or --batch-size gives it less.
+        """
+        sizes, name = self.data.partition.sizes, self.config.model
+        largest = int(sizes.argmax())
+        n = min(int(sizes[largest]), self.config.batch_size or _TRIAL_SIZE, _TRIAL_SIZE)
+        if not n:
+            return Rehearsal()
+        samples = self.data.take(self.data.partition[largest][: max(n, 2)])
+        try:
+            trial = rehearse(self.model, *samples, self.data.num_classes, name, sgd)
+        except ModelError:
+            if type(self).train is FedAvgTrainer.train:
+                raise
+            return Rehearsal()  # a class with a training of its own may use the model otherwise
+        single = np.flatnonzero(sizes == 1)
+        if trial.smallest_batch > 1 and type(self).train is FedAvgTrainer.train:
+            if self.config.batch_size == 1:
+                raise ModelError(f"--batch-size must be 0 or >= 2, got 1: --model {name} cannot train on one sample")
+            if len(single):
+                first = ", ".join(map(str, single[:5])) + (f" and {len(single) - 5} more" * (len(single) > 5))
+                raise ModelError(
+                    f"--model {name} cannot train on one sample, and that is all that client {first} has:"
+                    " --min-samples 2 (with --partition dirichlet), or fewer --num-clients"
+                )
+        return trial
+
+    def _check_still_plain(self) -> None:
+        reason = why_not(self.model)
+        if reason is not None:
+            raise ModelError(
+                f"the model is not the one any more for which --engine auto chose fused: {reason}; change it in its own"
+                " function, or take --engine eager"
+            )
+
+
+def _overridden(cls: type) -> set[str]:
+    """What a derived class replaces of what decides a client's training."""
+    derived = cls.__mro__[: cls.__mro__.index(FedAvgTrainer)]
+    names = {name for base in derived for name in vars(base) if not name.startswith("__")}
+    return (names & set(dir(FedAvgTrainer))) - {"num_samples"}
 
 
 def fedavg_handler(model: nn.Module, config: RunConfig) -> SyncParameterServerHandler:

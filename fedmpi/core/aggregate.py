@@ -20,7 +20,7 @@ class Aggregators:
         rows = _stack(serialized_params_list).to(torch.float64)
         if weights is None:
             return rows.mean(0).float()
-        w = torch.as_tensor(weights, dtype=torch.float64)
+        w = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         return (w / w.sum()).matmul(rows).float()
 
     @staticmethod

@@ -62,7 +62,8 @@ class ClientPassiveManager(NetworkManager):
         self.signals = signals
         self.trainer_idx = max(0, net.rank - 1)
         size, staged = trainer.model_parameters.numel(), trainer.device.type == "cuda" and not cuda_aware
-        self._received = torch.empty(size, device=trainer.device if cuda_aware else "cpu", pin_memory=staged)
+        place = trainer.device if cuda_aware else "cpu"
+        self._received = torch.empty(size, dtype=torch.float32, device=place, pin_memory=staged)
         self._buffer = self._received.view(torch.uint8) if cuda_aware else self._received.numpy()
         self._work = LocalWork()
         self._visits = Visits(trainer)

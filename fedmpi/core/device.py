@@ -98,7 +98,7 @@ def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     """A (size,) uninitialised buffer in host memory, for MPI; page-locked if its content moves to or from a GPU."""
     import torch
 
-    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def capability(device: torch.device | None = None) -> str:

@@ -223,7 +223,8 @@ class ExactSum:
 def _on_host(values: Tensor) -> Tensor:
     if values.device.type != "cuda":
         return values
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)  # which needs no staging
+    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(values)  # which needs no staging
 
 
 def _largest(values: Tensor) -> float:

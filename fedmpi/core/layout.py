@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fedmpi.core.untouched import module_reason, process_reason
+
 
 def memory_format_of(model: nn.Module) -> torch.memory_format:
     """Channels last for convolutional stacks of torch's own layers, which run a sixth faster on CPU so; else as it is.
 
-    A user's `forward` may call `.view` on an activation, which channels last would break, so it gets the plain layout.
+    A user's `forward` or hook may call `.view` on an activation, which channels last would break, so it gets the plain
+    layout.
     """
     layers = list(model.modules())
     own = all(type(layer).__module__.startswith("torch.nn.") for layer in layers)
+    own = own and process_reason() is None and all(module_reason("", layer) is None for layer in layers)
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     safe = not any(needs_plain_layout(layer) for layer in convolutions)
     return torch.channels_last if own and convolutions and safe else torch.preserve_format

@@ -87,7 +87,7 @@ class ServerManager(NetworkManager):
         self._failure: FedmpiError | None = None
         self._record: RoundRecord | None = None
         self._updates: list[ClientUpdate] = []
-        self._result = torch.empty(0)
+        self._result = torch.empty(0, device="cpu")
         self._weights = np.empty(0, np.int64)
         self._num_trainable = num_trainable(handler.model)
         self._last_good: dict[str, Any] | None = None
@@ -214,7 +214,8 @@ class ServerManager(NetworkManager):
         size = len(handler.model_parameters)
         if columns.start == 0:
             shape = (len(block), size) if self._needs == "rows" else (size,)
-            self._result = torch.empty(shape, dtype=torch.float64 if self._needs == "sum" else torch.float32)
+            dtype = torch.float64 if self._needs == "sum" else torch.float32
+            self._result = torch.empty(shape, dtype=dtype, device="cpu")
         if self._needs == "rows":
             self._result[:, columns] = block
         elif self._needs == "blocks":
@@ -288,7 +289,7 @@ class ServerManager(NetworkManager):
             averaged = mean[self._num_trainable :] + before
             handler.step(mean)
         buffers.copy_(averaged)
-        self._result = torch.empty(0)
+        self._result = torch.empty(0, device="cpu")
         trained = [(update.num_samples, update.seconds) for update in self._updates]
         self._costs.observe(*(np.array(column) for column in zip(*trained, strict=True)))
         check_views(handler.model)

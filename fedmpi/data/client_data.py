@@ -25,6 +25,7 @@ class ClientData:
         self._samples = Samples(dataset, dataset.train, device)
         self.partition = partition
         self.input_shape = dataset.input_shape
+        self.num_classes = dataset.num_classes
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample counts of those clients."""
@@ -84,8 +85,8 @@ class Samples:
         self._x, self._y, self._device = np.asarray(split.x), np.asarray(split.y), device  # a memmap is slow to index
         scale = 255.0 if split.x.dtype == np.uint8 else 1.0
         shape = (1, -1) + (1,) * (split.x.ndim - 2)
-        self._mean = torch.tensor(dataset.mean, device=device).view(shape) * scale
-        self._std = torch.tensor(dataset.std, device=device).view(shape) * scale
+        self._mean = torch.tensor(dataset.mean, dtype=torch.float32, device=device).view(shape) * scale
+        self._std = torch.tensor(dataset.std, dtype=torch.float32, device=device).view(shape) * scale
         self._resident: tuple[Tensor, Tensor] | None = None
         if device.type == "cuda" and split.x.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
             self._resident = torch.tensor(split.x, device=device), torch.tensor(split.y, device=device)
@@ -93,7 +94,7 @@ class Samples:
     def take(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(n, ...) float32 inputs and (n,) int64 labels, in that order."""
         if self._resident is not None:
-            chosen = torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)
+            chosen = torch.tensor(indices, device="cpu", pin_memory=True).to(self._device, non_blocking=True)
             raw, labels = (each.index_select(0, chosen) for each in self._resident)
         else:
             raw, labels = (torch.from_numpy(np.take(each, indices, axis=0)) for each in (self._x, self._y))

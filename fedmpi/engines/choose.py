@@ -1,8 +1,7 @@
-"""Which engine takes a model's steps."""
+"""A choice of the engine that takes a model's steps."""
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, Protocol
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from fedmpi.core.errors import ModelError
 from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.vector import SerializationTool
-from fedmpi.engines import fused
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
 from fedmpi.engines.graph import GraphEngine
+from fedmpi.engines.proof import cannot, leaves_of, why_not
+from fedmpi.engines.put_back import put_back
 from fedmpi.engines.single_step import SingleStepEngine
 
 _TOLERANCE = 1e-3
@@ -25,7 +25,7 @@ class Engine(Protocol):
     """Takes the steps of one client's SGD with mean cross-entropy on the model it was made for.
 
     Attributes:
-        runs_model: whether it calls the model, which may then draw random numbers and tell training from evaluation.
+        runs_model: True if it calls the model, which may then draw random numbers and tell training from evaluation.
         single_steps: takes one step each for many clients at once; None: cannot.
     """
 
@@ -50,8 +50,12 @@ def choose_engine(
     lr: float,
     momentum: float,
     weight_decay: float,
+    smallest_batch: int = 1,
 ) -> tuple[Engine, str]:
     """An engine for a flattened model, and the sentence that tells which and why.
+
+    By itself it takes steps by hand only for a model that is known to be the plain stack of its layers. Asked for, it
+    takes them also for one whose layers can be taken by hand, if four trial steps agree.
 
     Args:
         wanted: --engine.
@@ -60,6 +64,7 @@ def choose_engine(
         lr: step size.
         momentum: in [0, 1).
         weight_decay: >= 0.
+        smallest_batch: samples that the model's forward() needs in training.
 
     Raises:
         ModelError: fused or graph is wanted and does not fit.
@@ -67,38 +72,55 @@ def choose_engine(
     on_gpu = next(model.parameters()).device.type == "cuda"
     if wanted == "graph" and not on_gpu:
         raise ModelError("--engine graph records steps on a GPU, and this trainer computes on CPU: use fused")
-    reason = None if wanted == "eager" else fused.why_not(model) or _trial(model, input_shape)
+    reason = None
+    if wanted != "eager":
+        reason = (why_not(model) if wanted == "auto" else cannot(model)) or _trial(model, input_shape)
     if wanted in ("fused", "graph") and reason is not None:
         raise ModelError(f"--engine {wanted} does not fit this model: {reason}; --engine auto falls back to eager")
     if wanted == "eager" or reason is not None:
-        why = "as asked" if wanted == "eager" else f"not fused, because {reason}"
-        return EagerEngine(model, lr, momentum, weight_decay), f"eager ({why})"
+        why = "as asked" if wanted == "eager" else f"not fused, because {reason}{_way_out(model)}"
+        if smallest_batch > 1:
+            why += "; a last batch of one sample joins the one before it, as the model cannot train on one"
+        return EagerEngine(model, lr, momentum, weight_decay, smallest_batch), f"eager ({why})"
     if on_gpu and wanted != "fused":
         return GraphEngine(model, lr, momentum, weight_decay), "graph"
     return FusedEngine(model, lr, momentum, weight_decay), "fused"
 
 
+def _way_out(model: nn.Module) -> str:
+    """The line that makes a model faster whose layers, but not whose forward(), are known."""
+    own = any(type(module).__module__.partition(".")[0] != "torch" for module in model.modules())
+    if not own or cannot(model) is not None:
+        return ""
+    layers = [type(layer).__name__ for layer in leaves_of(model)]
+    layers = [*layers[:2], "...", layers[-1]] if len(layers) > 6 else layers
+    stack = f"nn.Sequential({', '.join(layers)})"
+    return f"; if forward() only applies its layers, return {stack} or take --engine fused: that is faster"
+
+
 def _trial(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
-    """Four steps of both engines on copies; why they differ, or None."""
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    inputs = torch.randn(5, *input_shape, generator=generator).to(device)
-    inputs = laid_out(inputs, memory_format_of(model))
-    copies = copy.deepcopy(model), copy.deepcopy(model)
-    engines = EagerEngine(copies[0], 0.05, 0.5, 0.01), FusedEngine(copies[1], 0.05, 0.5, 0.01)
-    try:
-        with torch.no_grad():
-            outputs = copies[0](inputs)
-        if outputs.dim() != 2:
-            return f"its output has {outputs.dim()} dimensions"
-        labels = torch.randint(outputs.shape[1], (5,), generator=generator).to(device)
-        for engine in engines:
-            for _ in range(2):
-                engine.epoch(inputs, labels, batch_size=3)
-    except Exception as error:  # noqa: BLE001 - a user's forward: training says it again, with client and round
-        return f"its forward is not the plain stack of its layers ({type(error).__name__} in a trial step)"
+    """Four steps of both engines on the model itself, which is put back; why they differ, or None."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    inputs = torch.randn(5, *input_shape, generator=generator, dtype=torch.float32, device="cpu")
+    moved = []
     start = SerializationTool.serialize_model(model)
-    moved = [SerializationTool.serialize_model(each) - start for each in copies]
+    try:
+        inputs = laid_out(inputs.to(start.device), memory_format_of(model))
+        labels = torch.zeros(5, dtype=torch.int64, device=start.device)
+        for kind in (EagerEngine, FusedEngine):
+            with put_back(model):
+                model.train()
+                with torch.no_grad():
+                    outputs = model(inputs)
+                if outputs.dim() != 2:
+                    return f"its output has {outputs.dim()} dimensions"
+                labels = torch.randint(outputs.shape[1], (5,), generator=generator.manual_seed(1), device="cpu")
+                engine = kind(model, 0.05, 0.5, 0.01)
+                for _ in range(2):
+                    engine.epoch(inputs, labels.to(start.device), batch_size=3)
+                moved.append(SerializationTool.serialize_model(model) - start)
+    except Exception as error:  # noqa: BLE001 - a user's forward: training says it again, with client and round
+        return f"forward() does more than apply its layers in order ({type(error).__name__} in a trial step)"
     if not bool((moved[0] - moved[1]).abs().max() <= _TOLERANCE * moved[0].abs().max()):
-        return "its forward is not the plain stack of its layers"
+        return "forward() does more than apply its layers in order"
     return None

@@ -13,14 +13,16 @@ from fedmpi.engines.single_step import SingleStepEngine
 class EagerEngine:
     """SGD with momentum and weight decay.
 
-    The arithmetic is that of `torch.optim.SGD` (dampening 0, no Nesterov) with mean cross-entropy. Gradients are used
-    where autograd leaves them: nothing is zeroed, accumulated or copied.
+    The arithmetic is that of `torch.optim.SGD` (dampening 0, no Nesterov) with mean cross-entropy. Gradients are read
+    where autograd leaves them and never written: two may be one tensor, or repeat one number (`expand`).
     """
 
     runs_model = True
     single_steps: SingleStepEngine | None = None
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, momentum: float, weight_decay: float, smallest_batch: int = 1
+    ) -> None:
         """Over the trainable parameters of `model`.
 
         Args:
@@ -28,11 +30,15 @@ class EagerEngine:
             lr: step size.
             momentum: in [0, 1).
             weight_decay: >= 0.
+            smallest_batch: a last batch of fewer samples joins the one before it.
         """
         self._model = model
         self._params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
         self._lr, self._momentum, self._weight_decay = lr, momentum, weight_decay
         self._velocity: dict[int, Tensor] = {}
+        self._smallest_batch = smallest_batch
+        self._start = min((param.data_ptr() for param in self._params), default=0)
+        self._stop = max((p.data_ptr() + p.numel() * p.element_size() for p in self._params), default=0)
 
     def reset(self) -> None:
         """Forget the momentum: the next step is a client's first."""
@@ -40,7 +46,12 @@ class EagerEngine:
 
     def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
         """One pass over (N, ...) inputs and (N,) labels as they lie; returns each batch's mean loss before its step."""
-        batches = zip(torch.split(inputs, batch_size), torch.split(labels, batch_size), strict=True)
+        sizes: int | list[int] = batch_size
+        left_over = len(labels) % batch_size
+        if 0 < left_over < self._smallest_batch and len(labels) > batch_size:
+            sizes = [batch_size] * (len(labels) // batch_size)
+            sizes[-1] += left_over
+        batches = zip(torch.split(inputs, sizes), torch.split(labels, sizes), strict=True)
         return torch.stack([self._step(x, y) for x, y in batches])
 
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -50,12 +61,19 @@ class EagerEngine:
         params, directions = [self._params[i] for i in used], [gradients[i] for i in used]
         with torch.no_grad():
             if self._weight_decay:
-                torch._foreach_add_(directions, params, alpha=self._weight_decay)
+                directions = list(torch._foreach_add(directions, params, alpha=self._weight_decay))
+            else:
+                directions = [self._apart(direction) for direction in directions]
             if self._momentum:
                 directions = [self._with_momentum(i, each) for i, each in zip(used, directions, strict=True)]
             torch._foreach_add_(params, directions, alpha=-self._lr)
         pulse.beat()
         return loss.detach()
+
+    def _apart(self, gradient: Tensor) -> Tensor:
+        """The gradient, copied if it lies among the parameters, as a `torch.autograd.Function` may return it."""
+        inside = gradient.layout is torch.strided and self._start <= gradient.data_ptr() < self._stop
+        return gradient.clone() if inside else gradient
 
     def _with_momentum(self, i: int, direction: Tensor) -> Tensor:
         if i in self._velocity:

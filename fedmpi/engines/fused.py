@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedmpi.core import pulse
 from fedmpi.core.layout import needs_plain_layout
+from fedmpi.engines.proof import leaves_of
 from fedmpi.engines.single_step import SingleStepEngine, single_step_engine
 
 _aten = torch.ops.aten
@@ -31,6 +32,9 @@ _CACHED = 2**18
 _MANY_CHANNELS = 8
 """From so many input channels on, a convolution on CPU is faster in the plain layout, the turning there and back
 included; below, and for pooling, channels last is."""
+
+_KEPT_BATCH_SIZES = 2
+"""Batch sizes whose buffers are kept: the full one, and what was left over at a client's end."""
 
 
 class _Sgd:
@@ -121,7 +125,7 @@ class _Linear:
 class _Conv2d:
     def __init__(self, layer: nn.Conv2d, sgd: _Sgd) -> None:
         self._weight, self._bias, self._sgd = layer.weight.data, None if layer.bias is None else layer.bias.data, sgd
-        assert not isinstance(layer.padding, str)  # see why_not
+        assert not isinstance(layer.padding, str)  # see proof.cannot
         self._where = (list(layer.stride), list(layer.padding), list(layer.dilation))
         self._groups = layer.groups
         plain = needs_plain_layout(layer) or self._weight.shape[1] >= _MANY_CHANNELS
@@ -199,8 +203,8 @@ _Layer = _Linear | _Conv2d | _ReLU | _MaxPool2d | _Flatten
 class Stack(Protocol):
     """A model's layers and their steps, for batches of one size."""
 
-    def step(self, x: Tensor, labels: Tensor, minus_one: Tensor) -> Tensor:
-        """One step; returns (n, C) log-probabilities before it. `labels` and `minus_one` are (n, 1)."""
+    def step(self, x: Tensor, targets: Tensor) -> Tensor:
+        """One step; returns (n, C) log-probabilities before it. `targets`: the labels' (n, C) rows of an identity."""
 
 
 class _Stack:
@@ -212,16 +216,16 @@ class _Stack:
             self._layers.append(_by_hand(layer, sgd, n, after=self._layers[-1] if self._layers else None))
         first = next(i for i, layer in enumerate(self._layers) if isinstance(layer, _Linear | _Conv2d))
         self._way_back = [(layer, i == first) for i, layer in enumerate(self._layers)][first:][::-1]
-        self._dy = torch.empty(0)
+        self._dy: Tensor | None = None
 
-    def step(self, x: Tensor, labels: Tensor, minus_one: Tensor) -> Tensor:
+    def step(self, x: Tensor, targets: Tensor) -> Tensor:
         """See `Stack`."""
         for layer in self._layers:
             x = layer.forward(x)
         log_p = torch.log_softmax(x, 1)
-        if len(self._dy) != len(x):
+        if self._dy is None:
             self._dy = torch.empty_like(log_p)
-        dy = torch.exp(log_p, out=self._dy).scatter_add_(1, labels, minus_one)
+        dy = torch.exp(log_p, out=self._dy).sub_(targets)
         for layer, first in self._way_back:
             dy = layer.backward(dy, first)
         return log_p
@@ -232,18 +236,17 @@ class FusedEngine:
 
     runs_model = False
     single_steps: SingleStepEngine | None
-    kept_batch_sizes = 2
-    """Batch sizes whose buffers are kept: the full one, and what was left over at a client's end."""
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
-        """Over a model for which `why_not` returns None."""
-        leaves = _pool_first(_leaves(model))
+        """Over a model for which `proof.why_not` returns None, or for which a trial has shown that it fits."""
+        leaves = _pool_first(leaves_of(model))
         self.single_steps = single_step_engine(leaves, lr, weight_decay)
         self._flat = isinstance(leaves[0], nn.Flatten)  # then the whole epoch's inputs are, at once
         self._leaves = leaves[self._flat :]
         self._sgd = lr, momentum, weight_decay
         self._velocity: dict[int, Tensor] = {}
-        self._stack = functools.lru_cache(self.kept_batch_sizes)(self._new_stack)
+        self._identity: Tensor | None = None
+        self._stacks = functools.lru_cache(_KEPT_BATCH_SIZES)(self._new_stack)
 
     def reset(self) -> None:
         """Forget the momentum: the next step is a client's first."""
@@ -253,48 +256,29 @@ class FusedEngine:
     def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
         """One pass over (N, ...) inputs and (N,) labels as they lie; returns each batch's mean loss before its step."""
         x, y = inputs.flatten(1) if self._flat else inputs, labels.unsqueeze(1)
-        minus_one = x.new_full((batch_size, 1), -1)
+        if self._identity is None:
+            self._identity = torch.eye(self._num_classes(x), dtype=x.dtype, device=x.device)
+        targets = self._identity.index_select(0, labels)  # scatter would wait for the GPU, or sort there
         log_p = []
-        for each, its in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-            log_p.append(self._stack(len(each)).step(each, its, minus_one[: len(each)]))
+        for batch, rows in zip(torch.split(x, batch_size), torch.split(targets, batch_size), strict=True):
+            log_p.append(self._stack_of(len(batch)).step(batch, rows))
             pulse.beat()
         losses = torch.cat(log_p).gather(1, y).neg_()
         full = len(y) - len(y) % batch_size
         means = losses[:full].view(-1, batch_size).mean(1)
         return torch.cat([means, losses[full:].mean(0)]) if full < len(y) else means
 
+    def _num_classes(self, inputs: Tensor) -> int:
+        outputs = inputs[:1]
+        for layer in self._leaves:
+            outputs = layer(outputs)
+        return outputs.shape[1]
+
+    def _stack_of(self, n: int) -> Stack:
+        return self._stacks(n)
+
     def _new_stack(self, n: int) -> Stack:
         return _Stack(self._leaves, _Sgd(*self._sgd, n, self._velocity), n)
-
-
-def why_not(model: nn.Module) -> str | None:
-    """Why `FusedEngine` cannot take `model`, as far as its layers tell; None if it can."""
-    leaves = _leaves(model)
-    if not any(isinstance(layer, nn.Linear | nn.Conv2d) for layer in leaves):
-        return "it has no Linear or Conv2d"
-    for layer in leaves:
-        name = type(layer).__name__
-        if type(layer) not in (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten):
-            return f"it has a {name}"
-        if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
-            return f"it has a Conv2d with padding {layer.padding!r}, {layer.padding_mode!r}"
-        if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
-            return "it has a MaxPool2d that returns indices"
-        if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
-            return "it has a Flatten of other dimensions than all but the first"
-    held = [param for layer in leaves for param in layer.parameters()]
-    if len({id(param) for param in held}) != len(held):
-        return "it has tied parameters"
-    if {id(param) for param in held} != {id(param) for param in model.parameters()}:
-        return "it has parameters outside its layers"
-    if not all(param.requires_grad for param in held):
-        return "it has frozen parameters"
-    return None
-
-
-def _leaves(model: nn.Module) -> list[nn.Module]:
-    """Its layers in the order of registration; whether `forward` runs them so is for a trial to tell."""
-    return [layer for layer in model.modules() if not list(layer.children())]
 
 
 def _pool_first(leaves: Sequence[nn.Module]) -> list[nn.Module]:

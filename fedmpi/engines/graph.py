@@ -30,7 +30,7 @@ def record_cuda(work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
         result = work()
     return graph.replay, result
 
@@ -38,14 +38,16 @@ def record_cuda(work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
 class GraphEngine(FusedEngine):
     """`FusedEngine`, recorded; the same bits as unrecorded."""
 
-    kept_batch_sizes = 32  # a recording costs more than the memory of its buffers
+    max_recorded = 32
+    """Batch sizes that are recorded, the first ones that come; steps of others are taken unrecorded."""
 
     def __init__(
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float, record: Record = record_cuda
     ) -> None:
-        """Over a model for which `fused.why_not` returns None; `record`: how (a seam for tests without a GPU)."""
+        """Over a model for `FusedEngine`; `record`: how (a seam for tests without a GPU)."""
         super().__init__(model, lr, momentum, weight_decay)
         self._record = record
+        self._recorded: dict[int, _Recorded] = {}
         self._weights = [param.data for param in model.parameters()]
 
     def reset(self) -> None:
@@ -53,8 +55,12 @@ class GraphEngine(FusedEngine):
         for velocity in self._velocity.values():
             velocity.zero_()
 
-    def _new_stack(self, n: int) -> Stack:
-        return _Recorded(super()._new_stack(n), self)
+    def _stack_of(self, n: int) -> Stack:
+        if n not in self._recorded:
+            if len(self._recorded) == self.max_recorded:
+                return super()._stack_of(n)
+            self._recorded[n] = _Recorded(self._new_stack(n), self)
+        return self._recorded[n]
 
     def recorded(self, work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """Record steps without having taken them."""
@@ -75,9 +81,9 @@ class _Recorded:
         self._stack, self._engine = stack, engine
         self._held: tuple[Tensor, ...] = ()
 
-    def step(self, x: Tensor, labels: Tensor, minus_one: Tensor) -> Tensor:
+    def step(self, x: Tensor, targets: Tensor) -> Tensor:
         """See `fused.Stack`."""
-        batch = (x, labels, minus_one)
+        batch = (x, targets)
         if not self._held:
             self._held = tuple(each.clone() for each in batch)
             self._replay, self._log_p = self._engine.recorded(lambda: self._stack.step(*self._held))

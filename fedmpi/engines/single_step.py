@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedmpi.core.errors import ModelError
+
 _PIECE = 2**18
 """Entries of a piece: a megabyte, which stays in the cache; for smaller ones, calls cost more than memory."""
 
@@ -117,14 +119,14 @@ class SingleSteps:
         """
         decay = 1 - self._form.lr * self._form.weight_decay
         steps = [-self._form.lr / size for size in self._sizes]
-        ones = [torch.ones(size) for size in self._sizes]
+        ones = [torch.ones(size, dtype=torch.float32, device="cpu") for size in self._sizes]
         held = [
             [(mine.t(), x) for mine, x in zip(*(torch.split(each, self._sizes) for each in two), strict=True)]
             for two in ((layer.gradients, layer.inputs) for layer in self._layers)
         ]
         for parts in _cut(self._layers):
             start, stop = parts[0].start, parts[-1].stop
-            values = torch.empty(stop - start)
+            values = torch.empty(stop - start, dtype=torch.float32, device="cpu")
             into = [values[part.start - start : part.stop - start].view(part.values.shape) for part in parts]
             columns, array = slice(start, stop), values.numpy()
             for i in clients:
@@ -176,20 +178,37 @@ class SingleSteps:
 
 def _rows(count: int, width: int) -> Tensor:
     """(count, width) float32, uninitialised, every row aligned."""
-    return torch.empty(count, -(-width // _ALIGNED) * _ALIGNED)[:, :width]
+    size = (count, -(-width // _ALIGNED) * _ALIGNED)
+    return torch.empty(size, dtype=torch.float32, device="cpu")[:, :width]
 
 
 class SingleStepEngine:
     """Makes `SingleSteps` for a stack of Linear and ReLU; with momentum too, which one step does not feel."""
 
     def __init__(self, linears: list[tuple[nn.Linear, bool]], lr: float, weight_decay: float) -> None:
-        """See `single_step_engine`."""
+        """Over the layers of a flattened model; see `single_step_engine`."""
         self.linears = linears
         self.lr, self.weight_decay = lr, weight_decay
+        params = [param for linear, _ in linears for param in (linear.weight, linear.bias) if param is not None]
+        starts = np.cumsum([0, *(param.numel() for param in params)])
+        self._size = int(starts[-1])
+        self._in_order = all(
+            param.requires_grad and param.data_ptr() == params[0].data_ptr() + start * param.element_size()
+            for param, start in zip(params, starts.tolist(), strict=False)
+        )
 
     @torch.no_grad()
     def run(self, vector: Tensor, inputs: Tensor, labels: Tensor, sizes: list[int]) -> SingleSteps:
-        """See `SingleSteps`."""
+        """See `SingleSteps`.
+
+        Raises:
+            ModelError: the layers' weights and biases, one after the other, are not all there is in `vector`.
+        """
+        if not self._in_order or self._size != len(vector):
+            raise ModelError(
+                f"the layers have {self._size} trainable entries, not the {len(vector)} of the vector in its order:"
+                " take --engine eager"
+            )
         return SingleSteps(self, vector, inputs, labels, sizes)
 
 

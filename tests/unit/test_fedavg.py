@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ def tiny() -> Dataset:
     return Dataset("tiny", Split(x, y), Split(x[:9], y[:9]), 4, (0.4, 0.6), (0.2, 0.3), "")
 
 
-def partition() -> PartitionIndex:
-    return PartitionIndex(np.cumsum([0, *SIZES]), np.random.default_rng(1).permutation(25))
+def partition(sizes: Sequence[int] = SIZES) -> PartitionIndex:
+    return PartitionIndex(np.cumsum([0, *sizes]), np.random.default_rng(1).permutation(25))
 
 
 def network() -> nn.Module:
@@ -51,7 +52,9 @@ def plain() -> nn.Module:
 
 
 def trainer(model: nn.Module | None = None, seed: int = 0, **options: Any) -> FedAvgTrainer:
-    made = FedAvgTrainer(model or dense(), ClientData(tiny(), partition(), CPU), RunConfig(**options), CPU)
+    model = model or dense()
+    sizes = [8, 2, 11, 4] if any(isinstance(each, nn.BatchNorm1d) for each in model.modules()) else SIZES
+    made = FedAvgTrainer(model, ClientData(tiny(), partition(sizes), CPU), RunConfig(**options), CPU)
     made.seed = seed
     return made
 

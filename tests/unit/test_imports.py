@@ -53,8 +53,9 @@ TORCH = {
     "bench.floor", "bench.machine", "bench.rounds", "bench.scale", "bench.soak",
     "core.aggregate", "core.attributes", "core.checkpoint", "core.client_manager", "core.contents", "core.evaluate",
     "core.exactsum", "core.handler", "core.layout", "core.manager", "core.model_checks", "core.server_manager",
-    "core.trainer", "core.vector", "core.views", "core.visits", "data.client_data",
-    "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.single_step",
+    "core.trainer", "core.untouched", "core.vector", "core.views", "core.visits", "data.client_data",
+    "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.proof",
+    "engines.put_back", "engines.rehearsal", "engines.single_step",
     "fedavg", "job", "machine", "models", "models.cnn", "models.mlp", "report.run_folder",
 }  # fmt: skip
 

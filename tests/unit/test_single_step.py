@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedmpi.core.errors import ModelError
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.vector import flatten
 from fedmpi.engines import single_step
@@ -111,3 +112,47 @@ def test_the_bound_tells_a_client_that_does_not_fit(broken):
 )
 def test_other_stacks_have_none(layers):
     assert single_step.single_step_engine(layers, 0.1, 0.0) is None
+
+
+def tied_in_the_vector(model):
+    """As many entries as the layers have, but a weight counts twice and another parameter not at all."""
+    model[3].weight = model[1].weight
+    model.register_parameter("other", nn.Parameter(torch.ones(16)))
+
+
+def bias_first(model):
+    weight = model[1].weight
+    del model[1].weight
+    model[1].weight = weight
+
+
+def frozen_and_buffer(model):
+    model[1].bias.requires_grad_(False)
+    model.register_buffer("temperature", torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m: m.register_buffer("temperature", torch.ones(1)),
+        lambda m: m[1].bias.requires_grad_(False),
+        lambda m: m.register_parameter("other", nn.Parameter(torch.ones(2))),
+        frozen_and_buffer,
+        tied_in_the_vector,
+        bias_first,
+    ],
+)
+def test_pieces_that_are_not_the_whole_vector_are_refused(act):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    act(model)
+    vector = flatten(model)
+    engine = single_step.single_step_engine([model[i] for i in range(4)], 0.1, 0.0)
+    with pytest.raises(ModelError, match=f"not the {len(vector)} of the vector"):
+        engine.run(vector, torch.ones(1, 4), torch.tensor([0]), [1])
+
+
+def test_pieces_of_layers_without_bias_are_the_whole_vector():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2, bias=False))
+    start = flatten(model).clone()
+    steps = single_step.single_step_engine(list(model), 0.1, 0.0).run(start, torch.ones(1, 4), torch.tensor([0]), [1])
+    assert not np.isnan(vectors(steps, [0], len(start))).any()
