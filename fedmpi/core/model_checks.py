@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fedmpi.core.errors import ModelError
+
+LIBRARIES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+"""Folders of installed packages, torch's among them."""
 
 
 def check_model(model: nn.Module) -> None:
@@ -37,7 +43,7 @@ def check_state(model: nn.Module) -> dict[str, Tensor]:
     try:
         state: dict[str, object] = model.state_dict()
     except Exception as error:  # a user's hook may raise anything
-        raise ModelError(f"the model's state_dict() fails ({type(error).__name__}: {_line(error)})") from error
+        raise ModelError(f"the model's state_dict() fails: {describe_error(error)}") from error
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(f"the model's state_dict() has {name!r}, a {type(value).__name__}: only tensors are saved")
@@ -62,6 +68,21 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's values as bytes, in the order of its indices, for any dtype."""
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return dense.view(torch.uint8).numpy().data
+
+
+def describe_error(error: Exception) -> str:
+    """The error in one line, with the last place in the user's own code."""
+    text = "".join(char if char.isprintable() else " " for char in str(error))
+    text = " ".join(text.split())
+    text = text if len(text) <= 300 else text[:297] + "..."
+    ours = str(Path(__file__).parents[1])
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, *LIBRARIES, "<"))
+    ]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -156,7 +177,3 @@ def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for tensor in values:
                 if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
                     yield f"{prefix}.{key}".lstrip("."), tensor
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

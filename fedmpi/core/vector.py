@@ -90,7 +90,7 @@ def flatten(model: nn.Module) -> Tensor:
     for _, tensor in entries:
         tensor.data = vector[offset : offset + tensor.numel()].view(tensor.shape)
         offset += tensor.numel()
-    remember_views(model)
+    remember_views(model, vector)
     return vector
 
 

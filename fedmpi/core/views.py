@@ -15,16 +15,31 @@ Registry = dict[str, Any]
 """A module's dict of parameters, buffers or modules."""
 
 
-def remember_views(model: nn.Module) -> None:
-    """Note where every tensor of a flattened model is registered and lies, for `check_views`."""
-    _views[model] = _Views(model)
+def remember_views(model: nn.Module, vector: Tensor) -> None:
+    """Note where every tensor of a flattened model is registered and lies, for `check_views`.
+
+    Raises:
+        ModelError: one is also part of another flattened model, which it has just left.
+    """
+    views = _Views(model, vector)
+    for other, others in _views.items():
+        if other is not model and (shared := views.entries.keys() & others.entries.keys()):
+            raise ModelError(
+                f"{views.entries[min(shared)]!r} is part of two models: the model's function must make new modules at"
+                " each call"
+            )
+    _views[model] = views
 
 
-def check_views(model: nn.Module) -> None:
+def check_views(model: nn.Module, vector: Tensor | None = None) -> None:
     """Make sure that the model's tensors still are those that `flatten` made views, each at its place.
 
     A forward pass may replace them: `self.scale = ...`, `weight.data = ...`, a new `nn.Parameter`. From then on what is
     sent is not what is trained. Costs a few comparisons per tensor.
+
+    Args:
+        model: the module.
+        vector: what `flatten` returned for it, to see that it was not flattened again since; None: not asked.
 
     Raises:
         ModelError: names the tensor, and says what to do; or `flatten` has never seen this model.
@@ -32,11 +47,15 @@ def check_views(model: nn.Module) -> None:
     views = _views.get(model)
     if views is None:
         raise ModelError(f"the trainer's model is now another {type(model).__name__} than the one it was made with")
+    if vector is not None and views.start != vector.data_ptr():
+        raise ModelError(f"the {type(model).__name__} was given to a second trainer or server: make a model for each")
     views.check()
 
 
 class _Views:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, vector: Tensor) -> None:
+        self.start = vector.data_ptr()
+        self.entries: dict[int, str] = {}  # names by id; the tensors live as long as this does
         self._modules: list[tuple[Registry, str, Any, str]] = []  # also what is None
         self._tensors: list[tuple[Registry, str, Tensor, int, tuple[int, ...], bool, str]] = []
         self._frozen: list[list[Any]] = []  # name, parameter, version, checksum
@@ -53,7 +72,9 @@ class _Views:
             self._modules.append((registry, key, part, name))
         elif is_entry(part) or isinstance(part, nn.Parameter):
             self._tensors.append((registry, key, part, part.data_ptr(), part.stride(), part.requires_grad, name))
-            if not is_entry(part):
+            if is_entry(part):
+                self.entries[id(part)] = name
+            else:
                 self._frozen.append([name, part, part._version, zlib.crc32(bytes_of(part))])
         else:
             self._others.append((registry, key, part, name))

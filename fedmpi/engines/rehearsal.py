@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import dis
-import sysconfig
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from fedmpi.core.errors import ModelError
 from fedmpi.core.layout import laid_out, memory_format_of
+from fedmpi.core.model_checks import LIBRARIES, describe_error
 from fedmpi.core.views import check_views
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.put_back import put_back
-
-_LIBRARIES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +61,8 @@ def rehearse(
         error = errors[0]
         if _is_deliberate(error):
             return Rehearsal()  # a crash of the user's own, which training tells with client, round and traceback
-        raise ModelError(
-            f"--model {name} cannot train on {sizes[0]} samples of shape {tuple(inputs.shape[1:])}: {_told(error)}"
-        ) from error
+        samples = f"{sizes[0]} samples of shape {tuple(inputs.shape[1:])}"
+        raise ModelError(f"--model {name} cannot train on {samples}: {describe_error(error)}") from error
     single = len(labels) < 2 or _failure(model, inputs[:1], labels[:1], num_classes, sgd)[0] is None
     return Rehearsal(1 if single else 2, changed)
 
@@ -103,15 +97,5 @@ def _is_deliberate(error: Exception) -> bool:
         last = last.tb_next
     code = last.tb_frame.f_code
     raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    own = code.co_filename != __file__ and not code.co_filename.startswith(_LIBRARIES)
+    own = code.co_filename != __file__ and not code.co_filename.startswith(LIBRARIES)
     return raised and own and not isinstance(error, AssertionError)
-
-
-def _told(error: Exception) -> str:
-    """The error in one line, with the place in the user's code."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 300 else text[:297] + "..."
-    elsewhere = (str(Path(__file__).parent), str(Path(torch.__file__).parent), *_LIBRARIES)
-    own = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(elsewhere)]
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {text}{place}"

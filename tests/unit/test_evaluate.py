@@ -102,3 +102,21 @@ def test_the_mode_comes_back_and_no_random_number_is_drawn(training: bool) -> No
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training is training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_chunks_beyond_a_bound_are_read_again(model: nn.Module) -> None:
+    """Samples of 1 MB, of which 64 are kept; the result is the same."""
+    wide, reads = torch.zeros(2**18), []
+
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return layer(x[:, :4])
+
+    def load_wide(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        reads.append(start)
+        return wide.expand(stop - start, -1), LABELS[start:stop]
+
+    layer, evaluator = model, Evaluator(NUM_SAMPLES, load_wide)
+    first = evaluator.evaluate(Narrow(), 0, 1)
+    assert np.array_equal(evaluator.evaluate(Narrow(), 0, 1), first)
+    assert len(reads) == 2 * 4 - 1, "the last chunk, of 37 samples, has room"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ConfigError
+from fedmpi.core.errors import ConfigError, ModelError
+from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.data import client_data
 from fedmpi.data.client_data import ClientData, Samples
@@ -47,7 +49,18 @@ def dense() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 4))
 
 
+def pictures() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 4))
+
+
+def at_one_pixel() -> nn.Module:
+    """A BatchNorm2d over one pixel per sample."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 4))
+
+
 def plain() -> nn.Module:
+    torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
@@ -254,3 +267,187 @@ def test_evaluation_on_some_samples_spreads_them_over_the_test_set() -> None:
     assert torch.equal(few._load(0, total // 2)[0], every_second)
     with pytest.raises(ConfigError, match=rf"--eval-samples must be in \[1, {total}\]"):
         client_data.test_evaluator(data, CPU, torch.preserve_format, total + 1)
+
+
+@contextlib.contextmanager
+def other_defaults() -> Iterator[None]:
+    """What a user's module may set when it is imported."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # as torch.set_default_device("meta")
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("model", [plain, dense, network, pictures])
+@pytest.mark.parametrize("batch_size", [0, 4])
+def test_no_bit_depends_on_global_defaults(model: Any, batch_size: int) -> None:
+    """Through both engines, the step of many clients together, evaluation and the exact sum."""
+
+    def results(made: nn.Module) -> list[Any]:
+        client = trainer(made, batch_size=batch_size)
+        start = client.model_parameters.detach().clone()
+        end = visit(client, 2, start)
+        exact = ExactSum(start, 20, 12)
+        exact.add(end, 12)
+        if client.takes_one_step(0):
+            for _, columns, values in client.single_steps([0], start).pieces([0]):
+                exact.add_piece(columns, values, 8)
+            exact.count(1)
+        sums = client_data.test_evaluator(tiny(), CPU, client.memory_format, None).evaluate(client.model, 0, 1)
+        return [end.tolist(), client.loss, exact.mean().tolist(), sums.tolist(), client.engine_note]
+
+    usual = results(model())
+    made = model()
+    with other_defaults():
+        assert results(made) == usual
+
+
+class Squeezed(nn.Module):
+    """Right for every batch but one of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1)).squeeze()
+
+
+@pytest.mark.parametrize("model", [network, Squeezed, at_one_pixel])
+def test_a_last_batch_of_one_joins_the_one_before_for_a_model_that_cannot_take_it(model: Any) -> None:
+    index = PartitionIndex(np.array([0, 9, 14, 25]), np.random.default_rng(1).permutation(25))
+    client = FedAvgTrainer(model(), ClientData(tiny(), index, CPU), RunConfig(batch_size=4), CPU)
+    assert "a last batch of one sample joins the one before it" in client.engine_note
+    for client_id in range(3):
+        visit(client, client_id, client.model_parameters.detach().clone())
+        assert math.isfinite(client.loss)
+    assert "a last batch" not in trainer(dense()).engine_note
+
+
+@pytest.mark.parametrize("model", [network, Squeezed])
+def test_clients_and_batches_of_one_are_refused_before_the_first_round(model: Any) -> None:
+    def made(sizes: list[int], **options: Any) -> FedAvgTrainer:
+        index = PartitionIndex(np.cumsum([0, *sizes]), np.arange(sum(sizes)))
+        return FedAvgTrainer(model(), ClientData(tiny(), index, CPU), RunConfig(**options), CPU)
+
+    made([5, 0, 3])
+    with pytest.raises(
+        ModelError, match=r"cannot train on one sample, and that is all that client 1, 3 has: --min-samples 2"
+    ):
+        made([5, 1, 3, 1])
+    with pytest.raises(ModelError, match=r"client 1, 2, 3, 4, 5 and 2 more has: --min-samples 2"):
+        made([5, *[1] * 7])
+    with pytest.raises(ModelError, match=r"^--batch-size must be 0 or >= 2, got 1: --model cnn cannot train on one"):
+        made([5, 3], batch_size=1)
+
+
+class Wrong(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.layer, self.mode, self.calls = nn.Linear(18, 4), mode, 0
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.steps += 1
+        y = self.layer(x.flatten(1))
+        if self.mode == "replaced":
+            self.scale = self.scale * 0.9
+        if self.mode == "boom":
+            raise ValueError("boom")
+        if self.mode == "asserts":
+            assert x.shape[1] == 3, "three channels, please"
+        if self.mode == "unpacks":
+            _, _, _ = x.shape
+        return {"narrow": y[:, :3], "wide": torch.cat([y, y], 1), "tuple": (y, y), "maps": y[:, :, None]}.get(
+            self.mode, y.detach() if self.mode == "detached" else y
+        )
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("narrow", r"ValueError: its output has shape \(2, 3\), wanted is \(2, 4\)"),
+        ("wide", r"its output has shape \(2, 8\), wanted is \(2, 4\)"),
+        ("maps", r"its output has shape \(2, 4, 1\)"),
+        ("tuple", r"its output is a tuple, wanted is a tensor of shape \(2, 4\)"),
+        ("detached", "RuntimeError: element 0 of tensors does not require grad"),
+        ("asserts", r"AssertionError: three channels, please.* \(test_fedavg.py, line \d+\)"),
+        ("unpacks", r"ValueError: too many values to unpack"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_one_line_before_the_first_round(mode: str, said: str) -> None:
+    start = r"^--model cnn cannot train on 2 samples of shape \(2, 3, 3\): "
+    with pytest.raises(ModelError, match=rf"{start}.*{said}") as caught:
+        trainer(Wrong(mode))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_leaves_the_vector_is_found_before_the_first_round() -> None:
+    with pytest.raises(ModelError, match="training replaced 'scale'"):
+        trainer(Wrong("replaced"))
+
+
+def test_a_crash_of_the_users_own_is_left_to_training() -> None:
+    """There it is told with its client and round."""
+    client = trainer(Wrong("boom"))
+    with pytest.raises(ValueError, match="boom"):
+        visit(client, 0, client.model_parameters.detach().clone())
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    model = Wrong("fine")
+    state = torch.get_rng_state()
+    before = torch.cat([model.layer.weight.detach().flatten(), model.layer.bias.detach(), torch.ones(1)])
+    client = trainer(model)
+    assert torch.equal(client.model_parameters, before)
+    assert (model.calls, int(model.steps)) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_derived_trainer_may_use_its_model_otherwise() -> None:
+    class Own(FedAvgTrainer):
+        def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+            self.model_parameters.copy_(model_parameters)
+
+    made = Own(Wrong("tuple"), ClientData(tiny(), partition(), CPU), RunConfig(), CPU)
+    visit(made, 0, made.model_parameters.detach().clone())
+
+
+def test_a_derived_trainer_that_hooks_into_a_fused_model_is_found() -> None:
+    class Hooked(FedAvgTrainer):
+        def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+            if self.round_idx == 1:
+                self.model[1].weight.register_hook(torch.zeros_like)
+            super().train(model_parameters, epochs)
+
+    made = Hooked(plain(), ClientData(tiny(), partition(), CPU), RunConfig(), CPU)
+    start = made.model_parameters.detach().clone()
+    visit(made, 0, start)
+    with pytest.raises(ModelError, match=r"1.weight has a hook.*--engine eager"):
+        visit(made, 0, start, round_idx=1)
+
+
+def test_what_a_derived_trainer_makes_of_its_vector_counts() -> None:
+    """The path of many clients at once would not see it."""
+
+    class Halved(FedAvgTrainer):
+        @property
+        def model_parameters(self) -> Tensor:
+            return super().model_parameters
+
+    made = Halved(plain(), ClientData(tiny(), partition(), CPU), RunConfig(batch_size=0), CPU)
+    assert not made.takes_one_step(0)
+
+
+@pytest.mark.parametrize("batch_size", [300_000_000, 10**13, 10**30])
+@pytest.mark.parametrize("model", [plain, dense])
+def test_a_batch_size_beyond_the_client_is_the_clients_size(model: Any, batch_size: int) -> None:
+    ends = []
+    for size in (batch_size, 0):
+        client = trainer(model(), batch_size=size, local_epochs=2)
+        ends.append(visit(client, 2, client.model_parameters.detach().clone()))
+    assert torch.equal(*ends)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedmpi.core.errors import ConfigError, ModelError
-from fedmpi.core.vector import num_trainable
+from fedmpi.core.vector import flatten, num_trainable
 from fedmpi.models import MODELS, build_model, check_model_name
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
@@ -76,6 +76,20 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def wrong(input_shape, num_classes):\n"
         "    return [1]\n"
         "size = 3\n"
+        "def needs_a_width(width=16):\n"
+        "    return nn.Linear(width, width)\n"
+        "def two_defaults(width=16, depth=2):\n"
+        "    return nn.Linear(width, width)\n"
+        "def defaults(input_shape=(3,), num_classes=2, bias=True):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], num_classes, bias))\n"
+        "made = defaults()\n"
+        "class Fits(nn.Linear):\n"
+        "    def __init__(self, input_shape, num_classes):\n"
+        "        super().__init__(input_shape[0], num_classes)\n"
+        "class Unfit(nn.Module):\n"
+        "    pass\n"
+        "def shared(input_shape, num_classes):\n"
+        "    return made\n"
     )
     (tmp_path / f"{name}_needy.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
@@ -103,3 +117,57 @@ def test_what_is_wrong_with_a_users_function_is_said(own_module: str) -> None:
             build_model(f"{missing}:net", (6,), 3)
     with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
         build_model(f"{own_module}_needy:net", (6,), 3)
+
+
+def test_a_class_a_callable_with_defaults_and_a_file_are_functions_too(own_module: str, tmp_path: Path) -> None:
+    for name in (
+        f"{own_module}:Fits",
+        f"{own_module}:defaults",
+        f"./{own_module}.py:net",
+        f"{tmp_path}/{own_module}.py:net",
+    ):
+        assert num_trainable(build_model(name, (6,), 3)) == 21, name
+
+
+def test_a_file_below_home_is_found(own_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert num_trainable(build_model(f"~/{own_module}.py:net", (6,), 3)) == 21
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("Unfit", r": Unfit\(\(6,\), 3\) fails: TypeError: .*takes 1 positional argument but 3 were given$"),
+        ("needs_a_width", r"must take \(input_shape, num_classes\): .*too many positional arguments"),
+        ("two_defaults", r": two_defaults\(\(6,\), 3\) fails: TypeError: .*\(own_models.*\.py, line \d+\)$"),
+        ("made", r": 'made' is not a function \(input_shape, num_classes\) -> Module but a Sequential$"),
+    ],
+)
+def test_a_callable_that_does_not_fit_is_one_line(own_module: str, function: str, said: str) -> None:
+    with pytest.raises((ConfigError, ModelError), match=f"^--model {own_module}:{function}.*{said}") as caught:
+        build_model(f"{own_module}:{function}", (6,), 3)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^--model \./nowhere\.py:net: there is no file /"):
+        build_model("./nowhere.py:net", (6,), 3)
+
+
+def test_a_function_that_returns_one_module_twice_is_found(own_module: str) -> None:
+    """On a lone rank the server and the trainer would have one model between them."""
+    flatten(build_model(f"{own_module}:shared", (6,), 3))
+    twin = nn.Sequential(build_model(f"{own_module}:shared", (6,), 3), nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"'0\.1\.weight' is part of two models"):
+        flatten(twin)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_ours_are_float32_on_cpu_whatever_the_defaults(name: str) -> None:
+    torch.manual_seed(0)
+    usual = build_model(name, MNIST, 10)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            model = build_model(name, MNIST, 10)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), usual.parameters(), strict=True))
