@@ -91,8 +91,10 @@ def _is_plain(source: Any) -> bool:
 def _subset(source: Any) -> NDArray[Any]:
     labels = labels_of(source.dataset)
     indices = _as_array(source.indices, source)
+    if indices.dtype.kind not in "iu":
+        raise PartitionError(f"{_named(source)} must have integers as indices, got {indices.dtype}")
     try:
-        return labels[indices] if len(indices) else labels[:0]
+        return labels[indices]
     except IndexError as error:
         raise PartitionError(f"{_named(source)} has indices that its data set of {len(labels)} has not") from error
 

@@ -115,6 +115,7 @@ def test_labels_of_folders_and_random_splits(tmp_path: Path) -> None:
         (Wrapper(dataset=Wrapper(targets=LABELS)), "Wrapper has no labels"),
         (Subset(Wrapper(), [0, 1]), "Wrapper has no labels"),
         (Subset(Wrapper(targets=LABELS), [0, N]), "Subset has indices that its data set of 60 has not"),
+        (Subset(Wrapper(targets=LABELS), LABELS > 4), "Subset must have integers as indices, got bool"),
         (ConcatDataset([Wrapper(targets=LABELS), Wrapper()]), "Wrapper has no labels"),
         (TensorDataset(torch.zeros(N)), "TensorDataset has no labels"),
         (TensorDataset(torch.zeros(N), torch.zeros(N), torch.zeros(N)), "TensorDataset has no labels"),
