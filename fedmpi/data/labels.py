@@ -94,7 +94,7 @@ def _subset(source: Any) -> NDArray[Any]:
     if indices.dtype.kind not in "iu":
         raise PartitionError(f"{_named(source)} must have integers as indices, got {indices.dtype}")
     try:
-        return labels[indices]
+        return np.asarray(labels[indices])
     except IndexError as error:
         raise PartitionError(f"{_named(source)} has indices that its data set of {len(labels)} has not") from error
 
