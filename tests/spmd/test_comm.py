@@ -15,7 +15,7 @@ STATE = np.arange(3)
 
 def order(code=MessageCode.PARAMETER_UPDATE, ranks=(), rows=0):
     cohort = np.arange(10, 10 + len(ranks))
-    return Order(code, 7, cohort, np.array(ranks, np.int64), STATE, 0, 30, 12, rows)
+    return Order(code, 7, cohort, np.array(ranks, np.int64), cohort - 3, STATE, 5, rows)
 
 
 class Recorder:

@@ -53,6 +53,7 @@ OPTIONS: list[tuple[str, Any, Any, Any]] = [
     ("checkpoint_every", None, 5, 10),
     ("resume", "auto", "never", "auto"),
     ("max_seconds", None, 60.0, 3600.0),
+    ("leak_check", "on", "off", "on"),
     ("stall_timeout", 600.0, 0.0, 30.0),
     ("run_dir", None, "runs/a", "runs/b"),
 ]
@@ -69,6 +70,7 @@ MACHINE = {
     "checkpoint_every",
     "resume",
     "max_seconds",
+    "leak_check",
     "stall_timeout",
     "timeline",
     "quiet",
