@@ -169,13 +169,15 @@ class ClientSGDTrainer(ClientTrainer):
         self.optimizer.load_state_dict(copy.deepcopy(self._fresh_optimizer))
         self.optimizer.zero_grad(set_to_none=True)
         self.data_loader = self._checked_loader(client_id)
-        for part in (self.data_loader, getattr(self.data_loader, "sampler", None)):
+        batches = getattr(self.data_loader, "batch_sampler", None)
+        samplers = getattr(self.data_loader, "sampler", None), batches, getattr(batches, "sampler", None)
+        for part in (self.data_loader, *samplers):
             generator = getattr(part, "generator", None)
             if isinstance(generator, torch.Generator):  # its state would depend on the clients before
                 generator.manual_seed(derive_seed(self.seed, Stream.BATCHES, round_idx, client_id))
 
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Samples a loader yields in one pass: of its sampler if it has one, else of its data set."""
+        """Samples that a loader yields in one pass, as its batch sampler, its sampler or its data set tells."""
         return np.array([_len_of(self._checked_loader(int(k))) for k in client_ids], np.int64)
 
     def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
@@ -203,6 +205,12 @@ class ClientSGDTrainer(ClientTrainer):
 
 def _len_of(loader: Any) -> int:
     try:
+        batches = getattr(loader, "batch_sampler", None)
+        if type(batches) is torch.utils.data.BatchSampler:
+            num_samples = len(batches.sampler)  # type: ignore[arg-type]  # a TypeError if it has no length
+            return num_samples - (num_samples % batches.batch_size if batches.drop_last else 0)
+        if batches is not None:
+            return sum(map(len, batches))
         for part in ("sampler", "dataset"):
             if hasattr(loader, part):
                 return len(getattr(loader, part))

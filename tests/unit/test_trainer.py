@@ -151,6 +151,21 @@ class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         return iter(one_sample(0))
 
 
+def test_the_weight_of_a_client_is_what_its_loader_yields() -> None:
+    data = TensorDataset(torch.zeros(10, 2), torch.zeros(10, dtype=torch.int64))
+    loaders = [
+        DataLoader(data, 4),
+        DataLoader(data, 4, drop_last=True),
+        DataLoader(data, 4, sampler=SubsetRandomSampler(range(6)), drop_last=True),
+        DataLoader(data, batch_sampler=[[0, 1, 2], [5]]),
+    ]
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = ClientSGDTrainer(model, loaders.__getitem__, 1, optimizer, nn.CrossEntropyLoss())
+    assert trainer.num_samples(np.arange(4)).tolist() == [10, 8, 4, 4]
+    assert [sum(len(y) for _, y in loader) for loader in loaders] == [10, 8, 4, 4]
+
+
 @pytest.mark.parametrize(
     "loader",
     [lambda _: iter(one_sample(0)), lambda _: (pair for pair in one_sample(0)), DataLoader(Stream()), Stream()],
