@@ -32,7 +32,7 @@ from fedmpi.core.trainer import ClientTrainer, SingleSteps
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
 from fedmpi.engines.proof import why_not
-from fedmpi.engines.rehearsal import Rehearsal, rehearse
+from fedmpi.engines.rehearsal import rehearse
 from fedmpi.job import Algorithm
 
 _TRIAL_SIZE = 256
@@ -60,14 +60,11 @@ class FedAvgTrainer(ClientTrainer):
         self.config = config
         self._is_plain = not _overridden(type(self))
         sgd = config.client_lr, config.client_momentum, config.client_weight_decay
-        trial = self._rehearse(sgd)
-        self.changed_attributes = trial.changed_attributes
-        self.engine, self.engine_note = choose_engine(
-            config.engine, self.model, data.input_shape, *sgd, trial.smallest_batch
-        )
-        self.stateless_model = self._is_plain and why_not(self.model) is None
+        smallest, self.changed_attributes = self._rehearse(sgd)
+        self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd, smallest)
         self.memory_format = memory_format_of(self.model)
         self._shuffles = torch.Generator("cpu")
+        self.stateless_model = self._is_plain and why_not(self.model) is None
 
     def begin_client(self, round_idx: int, client_id: int) -> None:
         """Without the global generators where nobody draws from them: no user's model, no class derived from this."""
@@ -110,8 +107,8 @@ class FedAvgTrainer(ClientTrainer):
             losses += self.engine.epoch(shuffled, labels, min(self.config.batch_size or n, n)).tolist()
         self.loss = math.fsum(losses) / len(losses) if losses else math.nan
 
-    def _rehearse(self, sgd: tuple[float, float, float]) -> Rehearsal:
-        """A trial of a training step on samples of the largest client.
+    def _rehearse(self, sgd: tuple[float, float, float]) -> tuple[int, list[str]]:
+        """Samples that the model needs in training, and attributes that it changes, by a trial on the largest client's.
 
         Raises:
             ModelError: it cannot train, or a client or --batch-size gives it less.
@@ -120,16 +117,16 @@ class FedAvgTrainer(ClientTrainer):
         largest = int(sizes.argmax())
         n = min(int(sizes[largest]), self.config.batch_size or _TRIAL_SIZE, _TRIAL_SIZE)
         if not n:
-            return Rehearsal()
+            return 1, []
         samples = self.data.take(self.data.partition[largest][: max(n, 2)])
         try:
-            trial = rehearse(self.model, *samples, self.data.num_classes, name, sgd)
+            smallest, changed = rehearse(self.model, *samples, self.data.num_classes, name, sgd)
         except ModelError:
             if type(self).train is FedAvgTrainer.train:
                 raise
-            return Rehearsal()  # a class with a training of its own may use the model otherwise
+            return 1, []  # a class with a training of its own may use the model otherwise
         single = np.flatnonzero(sizes == 1)
-        if trial.smallest_batch > 1 and type(self).train is FedAvgTrainer.train:
+        if smallest > 1 and type(self).train is FedAvgTrainer.train:
             if self.config.batch_size == 1:
                 raise ModelError(f"--batch-size must be 0 or >= 2, got 1: --model {name} cannot train on one sample")
             if len(single):
@@ -138,7 +135,7 @@ class FedAvgTrainer(ClientTrainer):
                     f"--model {name} cannot train on one sample, and that is all that client {first} has:"
                     " --min-samples 2 (with --partition dirichlet), or fewer --num-clients"
                 )
-        return trial
+        return smallest, changed
 
     def _check_still_plain(self) -> None:
         reason = why_not(self.model)

@@ -5,9 +5,7 @@ Shapes: n samples of a batch, C classes.
 
 from __future__ import annotations
 
-import dataclasses
 import dis
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -19,23 +17,10 @@ from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.put_back import put_back
 
 
-@dataclasses.dataclass(frozen=True)
-class Rehearsal:
-    """What a trial of a model has shown.
-
-    Attributes:
-        smallest_batch: samples that its forward() needs in training: 1, or 2 (BatchNorm).
-        changed_attributes: names of its attributes that a step changes.
-    """
-
-    smallest_batch: int = 1
-    changed_attributes: Sequence[str] = ()
-
-
 def rehearse(
     model: nn.Module, inputs: Tensor, labels: Tensor, num_classes: int, name: str, sgd: tuple[float, float, float]
-) -> Rehearsal:
-    """Take a training step on the batch, and one on a single sample; the model is left as it was.
+) -> tuple[int, list[str]]:
+    """Take a training step and put the model back.
 
     Args:
         model: the flattened module.
@@ -45,41 +30,41 @@ def rehearse(
         name: of the model, for messages.
         sgd: step size, momentum and weight decay.
 
+    Returns:
+        The samples that training needs, 1, or 2 for a model that cannot train on one (BatchNorm); and the names of the
+        model's attributes that a step changes.
+
     Raises:
         ModelError: no step succeeds, the outputs are not (n, C), or a tensor leaves the model's vector.
     """
     inputs = laid_out(inputs, memory_format_of(model))
+    changed: list[str] = []
+
+    def failure(size: int) -> Exception | None:
+        """Why a step on the first `size` samples fails; None: it does not."""
+        with put_back(model) as before:
+            model.train()
+            try:
+                _check_outputs(model(inputs[:size]), size, num_classes)
+                EagerEngine(model, *sgd).epoch(inputs[:size], labels[:size], size)
+            except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
+                return error
+            finally:
+                changed.extend(attribute for attribute in before.changed() if attribute not in changed)
+            check_views(model)  # before it is put back
+        return None
+
     sizes = sorted({min(2, len(labels)), len(labels)})
     errors = []
-    changed: list[str] = []
     for size in sizes:
-        error, changed = _failure(model, inputs[:size], labels[:size], num_classes, sgd)
+        error = failure(size)
         if error is None:
-            break
+            return (1 if len(labels) < 2 or failure(1) is None else 2), changed
         errors.append(error)
-    else:
-        error = errors[0]
-        if _is_deliberate(error):
-            return Rehearsal()  # a crash of the user's own, which training tells with client, round and traceback
-        samples = f"{sizes[0]} samples of shape {tuple(inputs.shape[1:])}"
-        raise ModelError(f"--model {name} cannot train on {samples}: {describe_error(error)}") from error
-    single = len(labels) < 2 or _failure(model, inputs[:1], labels[:1], num_classes, sgd)[0] is None
-    return Rehearsal(1 if single else 2, changed)
-
-
-def _failure(
-    model: nn.Module, inputs: Tensor, labels: Tensor, num_classes: int, sgd: tuple[float, float, float]
-) -> tuple[Exception | None, list[str]]:
-    """The error of a training step on this batch, if there is one, and the attributes of the model that it changes."""
-    with put_back(model) as attributes:
-        model.train()
-        try:
-            _check_outputs(model(inputs), len(labels), num_classes)
-            EagerEngine(model, *sgd).epoch(inputs, labels, len(labels))
-        except Exception as error:  # noqa: BLE001 - a user's forward may raise anything
-            return error, []
-        check_views(model)  # before it is put back
-        return None, attributes.changed()
+    if _is_deliberate(errors[0]):
+        return 1, changed  # a crash of the user's own, which training tells with client, round and traceback
+    samples = f"{sizes[0]} samples of shape {tuple(inputs.shape[1:])}"
+    raise ModelError(f"--model {name} cannot train on {samples}: {describe_error(errors[0])}") from errors[0]
 
 
 def _check_outputs(outputs: object, n: int, num_classes: int) -> None:
