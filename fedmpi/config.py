@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Set
 from typing import Literal
 
 from fedmpi.core.errors import ConfigError
 from fedmpi.options import flag_of, option
+
+SPLIT_OPTIONS = ("partition", "num_shards", "alpha", "min_samples", "partition_seed")
+"""Options that shape a new split: beside `partition_file` they mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +150,20 @@ class RunConfig(DataConfig):
             raise ConfigError("--resume must goes on with the run in --run-dir: name it")
         if self.quiet and self.verbose:
             raise ConfigError("--quiet and --verbose exclude each other: give one")
-        if self.partition_file is not None:
-            given = [f for f in ("num_shards", "alpha", "min_samples") if getattr(self, f) is not None]
-            if given:
-                raise ConfigError(f"{flag_of(given[0])} shapes a new split, but --partition-file brings one: give one")
+        self.check_given({name for name in ("num_shards", "alpha", "min_samples") if getattr(self, name) is not None})
+
+    def check_given(self, given: Set[str]) -> None:
+        """Refuse options that contradict each other even where one of them has its default.
+
+        Args:
+            given: the names of the options that the user gave.
+
+        Raises:
+            ConfigError: names the options.
+        """
+        extra = [flag_of(name) for name in SPLIT_OPTIONS if name in given]
+        if self.partition_file is not None and extra:
+            raise ConfigError(f"{extra[0]} shapes a new split, but --partition-file brings one: give one")
 
 
 def data_flags(config: DataConfig) -> str:

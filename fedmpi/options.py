@@ -13,13 +13,15 @@ import hashlib
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fedmpi.core.errors import ConfigError
+from fedmpi.core.errors import ConfigError, shown
+from fedmpi.core.yaml_file import has_control_characters, read_yaml
 
 C = TypeVar("C")
+
+_MOST_CHARACTERS = 4096
 
 PROVENANCE = "provenance"
 """The one YAML key that is no option: `config.yaml` records there what the run was made with; loading skips it."""
@@ -50,29 +52,52 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
     from jsonargparse import Namespace  # here: `import fedmpi.config` alone stays instant
 
     parser = _parser(cls, prog, description)
+    _check_words(argv)
     argv = list(argv)
-    config = {name: value for path in _pop_config(argv) for name, value in _read_yaml(path).items()}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
+    config, given = {}, set()
+    for path in _pop_config(argv):
+        content, is_record = _read_options(path)
+        config.update(content)
+        # a record of ours lists every option, also those that nobody gave
+        given |= {name for name, value in content.items() if not is_record or value != defaults.get(name)}
+    given |= {name for name in defaults for word in argv if f"{word}=".startswith(f"{flag_of(name)}=")}
+    hints = get_type_hints(cls)
+    bounds = {f.name: f.metadata["bounds"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # as above
+    _check_plain(config, {name: _wanted(hints[name], bounds[name]) for name in defaults})
     try:
         values: Namespace = parser.parse_object(config) if config else parser.get_defaults()
         values = parser.parse_args(argv, namespace=values)
-    except (TypeError, ValueError) as error:  # jsonargparse's own, from parse_object
-        raise ConfigError(_one_line(str(error))) from error
-    fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]  # as above
-        _check_value(f.name, get_type_hints(cls)[f.name], f.metadata["bounds"], fields[f.name])
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:  # jsonargparse's own, and YAML's
+        raise ConfigError(shown(str(error), 300)) from error
+    fields = {name: getattr(values, name) for name in defaults}
+    for name, value in fields.items():
+        _check_value(name, hints[name], bounds[name], value)
     parsed = cls(**fields)
-    check = getattr(parsed, "check", None)
-    if check is not None:
-        check()
+    for check, arguments in (("check", ()), ("check_given", (frozenset(given),))):
+        if hasattr(parsed, check):
+            getattr(parsed, check)(*arguments)
     return parsed
 
 
-def to_yaml(config: object, provenance: Mapping[str, object]) -> str:
-    """The YAML text that `--config` reads back to an equal `config`; `provenance` is kept beside it for the reader."""
+def to_yaml(config: object, provenance: Mapping[str, object], leave_out: Collection[str] = ()) -> str:
+    """The YAML text that `--config` reads back to an equal `config`; `provenance` is kept beside it for the reader.
+
+    Args:
+        config: the options.
+        provenance: plain values.
+        leave_out: names of options that have no effect beside the others.
+    """
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
     values = dataclasses.asdict(config)  # type: ignore[call-overload]  # any of our dataclasses
-    return str(yaml.safe_dump({**values, PROVENANCE: dict(provenance)}, sort_keys=False, allow_unicode=True))
+    used = {name: value for name, value in values.items() if name not in leave_out}
+    content = {**used, PROVENANCE: dict(provenance)}
+    return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def result_options(config: object) -> dict[str, object]:
@@ -121,6 +146,23 @@ def _parser(cls: type[Any], prog: str, description: str) -> Any:
     return parser
 
 
+def _check_plain(config: Mapping[str, object], wanted: Mapping[str, str]) -> None:
+    """Refuse in YAML what no option can hold, before the parser looks at it.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for name, value in config.items():
+        if name not in wanted:
+            raise ConfigError(f"unknown option '{shown(name)}' in --config; --help lists them")
+        if isinstance(value, str) and (len(value) > _MOST_CHARACTERS or has_control_characters(value)):
+            raise ConfigError(
+                f"{flag_of(name)} must be at most {_MOST_CHARACTERS} printable characters, got {shown(value)}"
+            )
+        if not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) > 2**512):
+            raise ConfigError(f"{flag_of(name)} must be {wanted[name]}, got {shown(value)}")
+
+
 def _pop_config(argv: list[str]) -> list[str]:
     """Take `--config FILE` and `--config=FILE` out of `argv`; the files in order."""
     files = []
@@ -139,23 +181,34 @@ def _pop_config(argv: list[str]) -> list[str]:
     return files
 
 
-def _read_yaml(path: str) -> dict[str, object]:
-    import yaml
+def _read_options(path: str) -> tuple[dict[str, object], bool]:
+    """The options in a YAML file, and whether it is a `config.yaml` that fedmpi wrote.
 
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {_one_line(str(error))}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"--config {path}: wanted a map of option: value, got a {type(values).__name__}")
+    Raises:
+        ConfigError: it is no file of options; a value is no plain one.
+    """
+    values = read_yaml(path)
     if "config" in values:
-        raise ConfigError(f"--config {path}: a file cannot name another one (config: {values['config']})")
-    values.pop(PROVENANCE, None)
-    return {key.replace("-", "_"): value for key, value in values.items()}
+        raise ConfigError(f"--config {path}: a file cannot name another one (config: {shown(values['config'])})")
+    is_record = values.pop(PROVENANCE, None) is not None
+    return {key.replace("-", "_"): value for key, value in values.items()}, is_record
+
+
+def _check_words(argv: Sequence[str]) -> None:
+    """Refuse what no option can hold, before the parser looks at it.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    before = "the command line"
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if len(word) > _MOST_CHARACTERS or has_control_characters(word):
+            where = flag if equals and flag.startswith("--") else before
+            raise ConfigError(
+                f"{shown(where)} must be at most {_MOST_CHARACTERS} printable characters, got {shown(value or word)}"
+            )
+        before = word if word.startswith("--") else before
 
 
 def flag_of(name: str) -> str:
@@ -190,14 +243,11 @@ def _explain(message: str, wanted: Mapping[str, str]) -> str:
     key = re.search(r'[Kk]ey "(\w+)"', message)
     value = re.search(r"Given value: (.*)", message) or re.search(r"[Gg]ot value: (.*)", message)
     if key and value and key[1] in wanted:
-        return f"{flag_of(key[1])} must be {wanted[key[1]]}, got {value[1].strip()}"
+        return f"{flag_of(key[1])} must be {wanted[key[1]]}, got {shown(value[1])}"
     unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
     if unknown:
-        return f"unknown option {_one_line(unknown[1])}; --help lists them"
-    extra = re.search(r"Option '([^']*)' is not accepted", message)
-    if extra:
-        return f"unknown option {extra[1]!r} in --config; --help lists them"
-    return _one_line(message)
+        return f"unknown option {shown(unknown[1])}; --help lists them"
+    return shown(message, 300)
 
 
 def _check_value(name: str, hint: Any, bounds: str, value: object) -> None:
@@ -206,14 +256,13 @@ def _check_value(name: str, hint: Any, bounds: str, value: object) -> None:
     if value is None and type(None) in get_args(hint):
         return
     wrong = value is None or value == "" or (kinds == [bool] and not isinstance(value, bool))
-    if bounds and isinstance(value, int | float):
+    if isinstance(value, int) and abs(value) >= 2**63:
+        bounds, wrong = bounds.replace("inf)", f"{2**63 - 1}]"), True
+    elif bounds and isinstance(value, int | float):
         low, high = (int(text) if text.isdecimal() else float(text) for text in bounds[1:-1].split(", "))
         above = value > low if bounds[0] == "(" else value >= low
         below = value < high if bounds[-1] == ")" else value <= high
         wrong = not (above and below)
     if wrong:
-        raise ConfigError(f"{flag_of(name)} must be {_wanted(hint, bounds)}, got {'nothing' if value == '' else value}")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+        found = "nothing" if value == "" else shown(value)
+        raise ConfigError(f"{flag_of(name)} must be {_wanted(hint, bounds)}, got {found}")

@@ -1,7 +1,8 @@
 """Checkpoints: the state of a run as one file that is whole or not there, and the newest two of them in a folder.
 
 A file is a line `fedmpi checkpoint 1 SHA256`, then what the sum is of: a line of JSON and the bytes of the arrays it
-names. Nothing in it can name a function or a class, so reading a hostile one runs no code.
+names. Nothing in it can name a function or a class, so reading a hostile one runs no code; and nothing is read before
+the length of the file is what the line of JSON says.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedmpi.core.errors import CheckpointError, FilesystemError
-from fedmpi.core.files import atomic_write, remove_temps, sync_folder
+from fedmpi.core.files import atomic_write, free_path, open_regular, refuse_odd, remove_temps, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +34,15 @@ State = Mapping[str, Any]
 
 GENERATIONS = 2
 
-_MAGIC = b"fedmpi checkpoint 1 "
+_FORMAT = 1
+_MAGIC = f"fedmpi checkpoint {_FORMAT} ".encode()
 _FIRST_LINE = len(_MAGIC) + 64 + 1
+_ANY_FORMAT = re.compile(rb"fedmpi checkpoint (\d{1,9}) ")
+_MOST_HEADER_BYTES = 2**22
+_SMALL_BYTES = 2**26  # up to here the sum is formed even of a file that has not the length it must have
+_SPARSE_BYTES = 2**30
+_MOST_DIMS = 32
+_DAMAGED = "does not match its checksum: it is damaged or cut"
 _ARRAY = "array"  # {"array": index}: where an array stood
 _DTYPES = {
     np.dtype(name).str: name for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float32", "float64")
@@ -40,24 +50,34 @@ _DTYPES = {
 _NAME = re.compile(r"round-(\d{1,12})\.ckpt")
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint that another version of fedmpi wrote; it may be whole."""
+
+
 def snapshot(state: State) -> State:
     """A copy of `state` that training may go on beside.
 
     Raises:
         TypeError: a value, named by its path, that a checkpoint cannot hold.
+        CheckpointError: too much of it is no array.
     """
     arrays: list[NDArray[Any]] = []
     tree = _pack(state, arrays, "state")
-    return {"tree": tree, "arrays": [array.copy() for array in arrays]}
+    kinds = [[array.dtype.newbyteorder("<").str, list(array.shape)] for array in arrays]
+    header = json.dumps({"state": tree, "arrays": kinds}, allow_nan=True).encode() + b"\n"
+    if len(header) > _MOST_HEADER_BYTES:
+        raise CheckpointError(
+            f"a checkpoint holds at most {_MOST_HEADER_BYTES:,} bytes beside arrays, this state has {len(header):,}:"
+            " keep its numbers in arrays"
+        )
+    return {"header": header, "arrays": [array.copy() for array in arrays]}
 
 
 def write_state(file: BinaryIO, copied: State) -> None:
     """Write what `snapshot` returned."""
     arrays = copied["arrays"]
-    kinds = [[array.dtype.newbyteorder("<").str, list(array.shape)] for array in arrays]
-    header = json.dumps({"state": copied["tree"], "arrays": kinds}, allow_nan=True).encode() + b"\n"
     little = (array.astype(array.dtype.newbyteorder("<"), copy=False) for array in arrays)
-    parts = [header, *(array.reshape(-1).view(np.uint8).data for array in little)]
+    parts = [copied["header"], *(array.reshape(-1).view(np.uint8).data for array in little)]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -70,43 +90,71 @@ def read_state(path: Path) -> dict[str, Any]:
     """The state in a file; tensors come back as arrays.
 
     Raises:
-        CheckpointError: the file is damaged, cut, or none of ours; it says how.
+        CheckpointError: the file is damaged, cut, of another version, or none of ours; it says how.
     """
     try:
-        content = path.read_bytes()
+        with os.fdopen(open_regular(path), "rb") as file:
+            return _read(file)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})") from error
-    if not content.startswith(_MAGIC):
-        raise CheckpointError("is empty" if not content else "is no checkpoint of this version of fedmpi")
-    body = memoryview(content)[_FIRST_LINE:]
-    if content[len(_MAGIC) : _FIRST_LINE] != hashlib.sha256(body).hexdigest().encode() + b"\n":
-        raise CheckpointError("does not match its checksum: it is damaged or cut")
-    try:
-        state = _parse(body)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"does not hold what its first line promises ({type(error).__name__})") from error
-    return state
+    except MemoryError as error:
+        raise CheckpointError("does not fit into memory") from error
 
 
-def _parse(body: memoryview) -> dict[str, Any]:
-    end = bytes(body[: 2**24]).index(b"\n")  # a header is far shorter
-    header = json.loads(bytes(body[:end]))
-    arrays, offset = [], end + 1
-    for dtype, shape in header["arrays"]:
-        kind = np.dtype(_DTYPES[dtype])
-        if not all(isinstance(length, int) and 0 <= length <= len(body) for length in shape):
-            raise ValueError("shape")
-        num_bytes = math.prod(shape) * kind.itemsize
-        piece = body[offset : offset + num_bytes]
-        if len(piece) != num_bytes:
+def _read(file: BufferedReader) -> dict[str, Any]:
+    stat = os.fstat(file.fileno())
+    first = file.read(_FIRST_LINE)
+    if not first.startswith(_MAGIC):
+        other = _ANY_FORMAT.match(first)
+        if other:
+            raise OtherVersionError(
+                f"is no checkpoint of this version of fedmpi but of another (format {int(other[1])}, not {_FORMAT})"
+            )
+        raise CheckpointError("is no checkpoint of this version of fedmpi" if first else "is empty")
+    digest, header = hashlib.sha256(), file.readline(_MOST_HEADER_BYTES)
+    digest.update(header)
+    size = stat.st_size - len(first) - len(header)
+    try:
+        content = json.loads(header)
+        promised = [(np.dtype(_DTYPES[dtype]), shape) for dtype, shape in content["arrays"]]
+        if sum(_num_bytes(kind, shape, stat.st_size) for kind, shape in promised) != size:
             raise ValueError("size")
-        flat = np.frombuffer(piece, dtype) if num_bytes else np.empty(0, kind)
-        arrays.append(flat.astype(kind).reshape(shape))
-        offset += num_bytes
-    state = _unpack(header["state"], arrays)
-    if offset != len(body) or not isinstance(state, dict):
-        raise ValueError("size")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        if size <= _SMALL_BYTES:
+            digest.update(file.read())
+        if size > _SMALL_BYTES or not _is_of(first, digest):
+            raise CheckpointError(_DAMAGED) from None
+        raise
+    if stat.st_size > _SPARSE_BYTES and 16 * 512 * stat.st_blocks < stat.st_size:
+        raise CheckpointError(f"has {stat.st_size:,} bytes, nearly all of them holes: none of fedmpi's")
+    if stat.st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise CheckpointError(f"has {stat.st_size:,} bytes, more than this machine has memory")
+    arrays = []
+    for kind, shape in promised:
+        array = np.empty(shape, kind.newbyteorder("<"))
+        piece = array.reshape(-1).view(np.uint8).data
+        if file.readinto(piece) != len(piece):
+            raise CheckpointError(_DAMAGED)
+        digest.update(piece)
+        arrays.append(array.astype(kind, copy=False))
+    if not _is_of(first, digest):
+        raise CheckpointError(_DAMAGED)
+    state = _unpack(content["state"], arrays)
+    if not isinstance(state, dict):
+        raise TypeError("state")
     return state
+
+
+def _is_of(first: bytes, digest: hashlib._Hash) -> bool:
+    return first[len(_MAGIC) :] == digest.hexdigest().encode() + b"\n"
+
+
+def _num_bytes(kind: np.dtype[Any], shape: list[int], most: int) -> int:
+    if len(shape) > _MOST_DIMS or not all(type(length) is int and 0 <= length <= most for length in shape):
+        raise ValueError("shape")
+    return math.prod(shape) * kind.itemsize
 
 
 def _pack(value: Any, arrays: list[NDArray[Any]], where: str) -> Any:
@@ -140,11 +188,14 @@ class Checkpoints:
 
     Attributes:
         longest_s: the longest that writing one has taken.
+        loaded_round: the round in the name of the one that `load` returned.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """In `folder`, which need not be there yet."""
+    def __init__(self, folder: Path, may_write: Callable[[], None] = lambda: None) -> None:
+        """In `folder`, which need not be there yet. `may_write` is called right before each change; it may raise."""
         self.folder = folder
+        self._may_write = may_write
+        self.loaded_round = -1
         self.longest_s = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -160,18 +211,24 @@ class Checkpoints:
         """The newest state that is whole; None if there was never one. A damaged newer one is said in a line.
 
         Raises:
-            CheckpointError: there are some, and none is whole.
+            CheckpointError: there are some, and none is whole; or a newer one is of another version.
+            FilesystemError: a link or a file lies in the place of the folder.
         """
+        refuse_odd(self.folder, folder=True)
         damaged: list[tuple[Path, CheckpointError]] = []
         for path in self.names():
             try:
                 state = read_state(path)
+            except OtherVersionError as error:
+                raise CheckpointError(
+                    f"{path} {error}: go on with that one, or --resume never to start over"
+                ) from error
             except CheckpointError as error:
                 damaged.append((path, error))
                 continue
             for bad, reason in damaged:
                 logger.warning("checkpoint %s %s: going on from %s", bad, reason, path.name)
-            self._damaged = [bad for bad, _ in damaged]
+            self._damaged, self.loaded_round = [bad for bad, _ in damaged], _round_of(path)
             return state
         if damaged:
             told = "; ".join(f"{path.name} {reason}" for path, reason in damaged)
@@ -184,10 +241,12 @@ class Checkpoints:
         Raises:
             FilesystemError: it cannot be written.
         """
+        refuse_odd(self.folder, folder=True)
         try:
+            self._may_write()
             self.folder.mkdir(exist_ok=True)
             for path in self._damaged:
-                path.rename(path.with_name(path.name + ".damaged"))
+                path.rename(free_path(path.with_name(path.name + ".damaged")))
         except OSError as error:
             raise FilesystemError(f"{self.folder}: cannot be written ({error.strerror})") from error
         remove_temps(self.folder)
@@ -226,7 +285,8 @@ class Checkpoints:
     def _write(self, round_idx: int, copied: State, before: Callable[[], None]) -> None:
         try:
             before()
-            atomic_write(self.folder / f"round-{round_idx:06}.ckpt", lambda file: write_state(file, copied))
+            path = self.folder / f"round-{round_idx:06}.ckpt"
+            atomic_write(path, lambda file: write_state(file, copied), self._may_write_here)
             for old in self.names()[GENERATIONS:]:
                 old.unlink(missing_ok=True)
             sync_folder(self.folder)
@@ -235,6 +295,10 @@ class Checkpoints:
         except BaseException as error:  # noqa: BLE001  # whatever it is: `finish` raises it in the main thread
             self._error = error
         self.longest_s = max(self.longest_s, time.monotonic() - self._began_s)
+
+    def _may_write_here(self) -> None:
+        refuse_odd(self.folder, folder=True)
+        self._may_write()
 
 
 def _round_of(path: Path) -> int:

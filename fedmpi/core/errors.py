@@ -83,9 +83,8 @@ def shown(value: object, limit: int = 80) -> str:
 def _listed(values: Sequence[object], limit: int) -> str:
     if type(values) not in (list, tuple):
         return f"a {type(values).__name__}"
-    parts = [
-        f"a {type(item).__name__}" if isinstance(item, list | tuple) else shown(item, limit) for item in values[:3]
-    ]
+    nested = (list, tuple)
+    parts = [f"a {type(item).__name__}" if isinstance(item, nested) else shown(item, limit) for item in values[:3]]
     return f"[{', '.join(parts + ['...'] * (len(values) > 3))}]"
 
 

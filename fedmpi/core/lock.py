@@ -3,8 +3,11 @@
 The lock is a file created with O_EXCL, which every file system does right, NFS included, where flock may fail, hang or
 succeed twice. It names its holder, and the holder touches it every `HEARTBEAT_S`. A lock is stale when its holder is a
 dead process of this machine, or, for other machines and unreadable content, when it was not touched for `STALE_S` by
-the file system's own clock. Only who holds the guard (`<lock>.takeover`, a lock too) may replace a stale lock, so two
-processes that find the same stale lock cannot both win.
+the file system's own clock. A lock dated in the future (a clock was set back) is stale once it was seen not to change
+for `STALE_S`. Only who holds the guard (`<lock>.takeover`, a lock too) may replace a stale lock, so two processes that
+find the same stale lock cannot both win.
+
+A holder that slept for longer than `STALE_S` may have lost its lock: it asks `require` before each write.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from pathlib import Path
 from types import TracebackType
 
 from fedmpi.core import pulse
-from fedmpi.core.errors import FilesystemError
-from fedmpi.core.files import temp_path
+from fedmpi.core.errors import FilesystemError, shown
+from fedmpi.core.files import read_regular, temp_path
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
+
+_MOST_BYTES = 4096
+_FIELD = 255
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +51,7 @@ class Holder:
     token: str
 
     def __str__(self) -> str:
-        return f"{self.host} pid {self.pid} since {self.since}"
+        return f"{shown(self.host)} pid {self.pid} since {shown(self.since)}"
 
 
 class FileLock:
@@ -66,6 +72,7 @@ class FileLock:
         self.timeout_s = timeout_s
         self.what = what or str(path.parent)
         self._token = ""
+        self._sightings: _Sightings = {}
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -75,17 +82,20 @@ class FileLock:
         while True:
             me = _me()
             try:
-                holder = _try_acquire(self.path, me)
+                holder = _try_acquire(self.path, me, self._sightings)
             except OSError as error:
                 raise FilesystemError(f"lock {self.path} cannot be created: {error.strerror or error}") from error
             if holder is None:
                 break
-            grace_s = (
-                0.0 if isinstance(holder, Holder) else 1.0
-            )  # whoever created it just now is still writing its name
+            # whoever created it just now is still writing its name; one dated in the future is watched
+            grace_s = STALE_S + 1.0 if self._sightings else 0.0 if isinstance(holder, Holder) else 1.0
             if time.monotonic() >= give_up + grace_s:
                 waited = f" (waited {self.timeout_s:.0f} s for {self.path})" if self.timeout_s else ""
                 raise FilesystemError(f"{self.what} is in use by {holder}{waited}")
+            if not told and self._sightings:
+                logger.info("waiting for %s: in use by %s, unless its lock, which is dated in the future, stands still"
+                            " for %.0f s", self.what, holder, STALE_S)  # fmt: skip
+                told = True
             if not told and self.timeout_s > 0 and pause_s > 0.3:
                 logger.info("waiting for %s: in use by %s", self.what, holder)
                 told = True
@@ -106,17 +116,39 @@ class FileLock:
             self._heart.join()
         _release(self.path, self._token)
 
+    def require(self) -> None:
+        """See that this process still holds the lock; called right before a write to what it protects.
+
+        Raises:
+            FilesystemError: another process took it over, or somebody removed it.
+        """
+        try:
+            holder = _read(self.path)
+        except FileNotFoundError:
+            raise FilesystemError(
+                f"{self.what} is no longer this job's: {self.path} was removed, another job may have used the folder"
+            ) from None
+        except OSError as error:
+            raise FilesystemError(f"lock {self.path} cannot be read: {error.strerror or error}") from error
+        if holder is None or holder.token != self._token:
+            raise FilesystemError(
+                f"{self.what} is in use by {holder or 'an unknown process'}: it took the folder over from this job,"
+                f" which showed no sign of life for more than {STALE_S:.0f} s"
+            )
+
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             with contextlib.suppress(OSError):  # a file system that is away for a moment; the next beat tells
-                if _is_mine(self.path, self._token):
-                    os.utime(self.path)
-                else:
-                    logger.warning("lock %s was taken over: this process did not touch it for too long", self.path)
-                    return
+                if not _is_mine(self.path, self._token):
+                    return  # `require` says so
+                os.utime(self.path, follow_symlinks=False)
 
 
-def _try_acquire(path: Path, me: Holder) -> Holder | str | None:
+_Sightings = dict[Path, tuple[tuple[int, bytes], float]]
+"""Locks dated in the future: path -> (time stamp and content, when they were first seen together)."""
+
+
+def _try_acquire(path: Path, me: Holder, sightings: _Sightings) -> Holder | str | None:
     """None if `me` now holds `path`, else who does (text where the file does not say)."""
     content = json.dumps(dataclasses.asdict(me)).encode()
     try:
@@ -127,19 +159,20 @@ def _try_acquire(path: Path, me: Holder) -> Holder | str | None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         return None
-    holder, stale = _judge(path)
+    holder, stale = _judge(path, sightings)
     if not stale:
         return holder
     guard = path.with_name(path.name + ".takeover")
-    if _try_acquire(guard, me) is not None:
+    if _try_acquire(guard, me, sightings) is not None:
         return holder
     try:
-        holder, stale = _judge(path)  # again: only now nobody else can replace it
+        holder, stale = _judge(path, sightings)  # again: only now nobody else can replace it
         if not stale:
             return holder
         temp = temp_path(path)
         try:
-            temp.write_bytes(content)
+            with temp.open("xb") as file:
+                file.write(content)
             temp.replace(path)
         finally:
             temp.unlink(missing_ok=True)
@@ -149,18 +182,31 @@ def _try_acquire(path: Path, me: Holder) -> Holder | str | None:
     return None
 
 
-def _judge(path: Path) -> tuple[Holder | str, bool]:
+def _judge(path: Path, sightings: _Sightings) -> tuple[Holder | str, bool]:
     """Who holds `path`, and whether the lock is stale."""
+    now = time.monotonic()
+    before, since = sightings.pop(path, (None, now))
     try:
-        content, touched_s = path.read_bytes(), path.stat().st_mtime
+        content, stat = read_regular(path, _MOST_BYTES), path.lstat()
     except FileNotFoundError:
         return "a process that is just leaving", False
     holder = _parse(content)
     if holder is not None and holder.machine == _machine():
         return holder, not _alive(holder)
-    age_s = _clock(path) - touched_s
-    since = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(touched_s))
-    return holder or f"an unknown process since {since}", age_s > STALE_S
+    age_s = _clock(path) - stat.st_mtime
+    told = holder or f"an unknown process since {_date(stat.st_mtime)}"
+    if age_s >= -STALE_S:
+        return told, age_s > STALE_S
+    seen = stat.st_mtime_ns, content
+    sightings[path] = seen, since if seen == before else now
+    return told, now - sightings[path][1] > STALE_S
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "an impossible date"
 
 
 def _clock(path: Path) -> float:
@@ -182,10 +228,14 @@ def _release(path: Path, token: str) -> None:
 
 def _is_mine(path: Path, token: str) -> bool:
     try:
-        holder = _parse(path.read_bytes())
+        holder = _read(path)
     except FileNotFoundError:
         return False
     return holder is not None and holder.token == token
+
+
+def _read(path: Path) -> Holder | None:
+    return _parse(read_regular(path, _MOST_BYTES))
 
 
 def _parse(content: bytes) -> Holder | None:
@@ -194,7 +244,10 @@ def _parse(content: bytes) -> Holder | None:
         holder = Holder(**fields)
     except (TypeError, ValueError, RecursionError):
         return None
-    return holder if isinstance(holder.pid, int) and holder.pid > 0 else None
+    texts = (holder.host, holder.machine, holder.started, holder.since, holder.token)
+    if not all(type(text) is str and len(text) <= _FIELD for text in texts):
+        return None
+    return holder if type(holder.pid) is int and 0 < holder.pid < 2**31 else None
 
 
 def _me() -> Holder:

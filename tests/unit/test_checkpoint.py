@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,64 @@ def test_thousands_of_mutations_are_refused_or_harmless(tmp_path: Path) -> None:
         except CheckpointError:
             refused += 1
     assert refused > 1000
+
+
+@pytest.mark.parametrize("start", [0, 1, 500, None])
+def test_a_sparse_file_of_200_gigabytes_is_not_read(tmp_path: Path, start: int | None) -> None:
+    path = saved(tmp_path / "a", STATE)
+    path.write_bytes(path.read_bytes()[:start])
+    os.truncate(path, 200 * 10**9)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of this version|does not match its checksum"):
+        read_state(path)
+    assert time.monotonic() - started < 1
+
+
+def test_a_sparse_file_that_keeps_its_promise_is_not_read_either(tmp_path: Path) -> None:
+    header = b'{"state": {}, "arrays": [["|u1", [200000000000]]]}\n'
+    (tmp_path / "a").write_bytes(b"fedmpi checkpoint 1 " + b"0" * 64 + b"\n" + header)
+    os.truncate(tmp_path / "a", 85 + len(header) + 200 * 10**9)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"nearly all of them holes|more than this machine has memory"):
+        read_state(tmp_path / "a")
+    assert time.monotonic() - started < 1
+
+
+def test_a_header_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"fedmpi checkpoint 1 " + b"0" * 64 + b"\n" + b'{"state": "' + b"x" * 10**7)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        read_state(tmp_path / "a")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    saved(tmp_path / "a", STATE)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "folder").mkdir()
+    for name, said in (("pipe", "no regular file"), ("link", "it is a link"), ("folder", "Is a directory")):
+        with pytest.raises(CheckpointError, match=rf"^cannot be read \({'it is ' * (name == 'pipe')}{said}"):
+            read_state(tmp_path / name)
+
+
+def test_too_much_beside_arrays_is_said_when_it_is_kept(tmp_path: Path) -> None:
+    """Else it would be written, and could not be read again."""
+    with pytest.raises(CheckpointError, match="keep its numbers in arrays"):
+        snapshot({"losses": [0.5] * 10**6})
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
+    """It may be whole and newer: to go on from an older one would lose it."""
+    store = Checkpoints(tmp_path)
+    store.begin()
+    keep(store, 5, 10)
+    newest = tmp_path / "round-000010.ckpt"
+    newest.write_bytes(newest.read_bytes().replace(b"checkpoint 1", b"checkpoint 2"))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoints(tmp_path).load()
+    assert str(caught.value) == (
+        f"{newest} is no checkpoint of this version of fedmpi but of another (format 2, not 1): go on with that one,"
+        " or --resume never to start over"
+    )
 
 
 # the folder

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_numbers_as_people_write_them_in_yaml(text: str, config_file: Any) -> No
         ("--sample-ratio 5", "--sample-ratio must be a number in (0, 1], got 5.0"),
         ("--sample-ratio 0", "--sample-ratio must be a number in (0, 1], got 0.0"),
         ("--sample-ratio nan", "--sample-ratio must be a number in (0, 1], got nan"),
+        (f"--rounds {10**30}", f"--rounds must be an integer in [1, {2**63 - 1}], got {10**30}"),
         ("--rounds -1", "--rounds must be an integer in [1, inf), got -1"),
         ("--rounds 0", "--rounds must be an integer in [1, inf), got 0"),
         ("--rounds 2.5", "--rounds must be an integer in [1, inf), got 2.5"),
@@ -260,6 +262,74 @@ def test_files_that_are_no_yaml(config_file: Any, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert refusal("--config", str(tmp_path / "binary")).startswith(f"--config {tmp_path / 'binary'}: not YAML: ")
     assert refusal("--config", str(tmp_path)) == f"--config {tmp_path}: cannot be read (Is a directory)"
+
+
+NINES = "9" * 5000
+LAUGHS = "\n".join(["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)])
+
+
+@pytest.mark.parametrize(
+    ("content", "rest"),
+    [
+        (f"rounds: {NINES}", "not YAML: Exceeds the limit (4300 digits)"),
+        (f"rounds: {'[' * 2000}", "not YAML: "),
+        (f"rounds: {'[' * 2000}{']' * 2000}", "not YAML: "),
+        (f"rounds: {'{' * 2000}", "not YAML: "),
+        ("? " * 2000, "not YAML: "),
+        (f"rounds: [{'1, ' * 6000}]", "not YAML: more than 8 brackets deep, or more than 5,000 values"),
+        (LAUGHS, "not YAML: anchors (&, *) are not read here"),
+        ("\n".join(f"a{i}: &a{i} {i}" for i in range(2000)), "not YAML: anchors (&, *) are not read here"),
+        ("rounds: 2001-99-99", "not YAML: month must be in 1..12"),
+        ("rounds: !!int x", "not YAML: invalid literal for int()"),
+        ("rounds: !!python/object/apply:os.getpid []", "not YAML: could not determine a constructor"),
+        ("rounds: 3\0", "not YAML: unacceptable character"),
+        ("x" * 10**5, "cannot be read (it is longer than 65,536 bytes)"),
+    ],
+)
+def test_yaml_bombs_are_refused_in_one_line_within_a_second(content: str, rest: str, config_file: Any) -> None:
+    argv = config_file(content)
+    started = time.monotonic()
+    message = refusal(*argv)
+    assert time.monotonic() - started < 1
+    assert message.startswith(f"--config {argv[1]}: {rest}")
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("rounds: " + "1" + "0" * 2000, "--rounds must be an integer in [1, inf), got an integer of 6644 bits"),
+        ("client_lr: " + "1" + "0" * 2000, "--client-lr must be a number in (0, inf), got an integer of 6644 bits"),
+        ("rounds: {a: 1}", "--rounds must be an integer in [1, inf), got a dict"),
+        ("rounds: !!set {a}", "--rounds must be an integer in [1, inf), got a set"),
+        ("rounds: 2001-01-01", "--rounds must be an integer in [1, inf), got a date"),
+        (r'model: "\e[31m\n"', r"--model must be at most 4096 printable characters, got \x1b[31m"),
+        (r'"\e[31m\n": 3', r"unknown option '\x1b[31m' in --config; --help lists them"),
+        (r'config: "\e[31m\n"', None),
+    ],
+)
+def test_odd_values_in_yaml_are_told_in_one_printable_line(content: str, message: str | None, config_file: Any) -> None:
+    said = refusal(*config_file(content))
+    assert said.isprintable()
+    assert said == message or message is None
+
+
+@pytest.mark.parametrize("value", ["\x1b[31m", "a\nb", "x" * 5000, "\0"])
+def test_odd_words_on_the_command_line_are_told_in_one_printable_line(value: str) -> None:
+    for argv in (["--model", value], [f"--model={value}"]):
+        said = refusal(*argv)
+        assert said.startswith("--model must be at most 4096 printable characters, got ")
+        assert said.isprintable()
+        assert len(said) < 200
+
+
+def test_a_config_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(200 * 10**9)
+    for path in (str(tmp_path / "pipe"), str(tmp_path / "sparse"), "/dev/zero", "/dev/tty"):
+        assert refusal("--config", path).startswith(f"--config {path}: cannot be read (it is ")
 
 
 def test_empty_files_and_null_for_what_may_be_missing(config_file: Any) -> None:
