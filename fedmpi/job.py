@@ -44,7 +44,9 @@ from fedmpi.machine import find_machine
 from fedmpi.models import build_model
 from fedmpi.options import result_hash
 from fedmpi.report.banner import banner
+from fedmpi.report.identity import model_parts, sources
 from fedmpi.report.progress import Progress
+from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -75,9 +77,29 @@ class Halves:
     @property
     def memory_format(self) -> torch.memory_format:
         """In which the model likes its images."""
+        return memory_format_of(self.model)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """This rank's."""
         half = self.trainer or self.handler
         assert half is not None
-        return memory_format_of(half.model)
+        return half.model
+
+    def identity(self, algorithm: str) -> dict[str, dict[str, object]]:
+        """On the server: what makes a run this one, beside options and data."""
+        assert self.handler is not None
+        return {"algorithm": {"algorithm": algorithm}, "model": {**model_parts(self.handler.model)}}
+
+    def functions(self, recipe: Algorithm, model: str) -> dict[str, list[object]]:
+        """Functions and classes that this rank's halves are made of, by role; `model`: the option."""
+        module, _, name = model.partition(":")
+        function = [getattr(importlib.import_module(module), name)] if name else []
+        return {
+            "model": [*function, *dict.fromkeys(type(part) for part in self.model.modules())],
+            "trainer": [recipe.trainer, *([type(self.trainer)] if self.trainer else [])],
+            "handler": [recipe.handler, *([type(self.handler)] if self.handler else [])],
+        }
 
 
 def run_job(
@@ -111,23 +133,30 @@ def run_job(
     partition, split = share_partition(net, config, dataset)
     halves = net.on_all(lambda: build_halves(net, recipe, config, dataset, partition, machine.device))
     data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
-    folder = net.on_root(lambda: RunFolder(config, data), share=False)
+    folder = net.on_root(lambda: RunFolder(config, data, halves.identity(algorithm), __version__), share=False)
     try:
         if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
             return EXIT_DONE
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
-        provenance = {
+        functions = halves.functions(recipe, config.model) | {"algorithm": [importlib.import_module(module)]}
+        users = {role: where for found in net.on_every_rank(sources(functions)) for role, where in found.items()}
+        provenance: dict[str, Any] = {
+            "algorithm": algorithm,
             "fedmpi": __version__,
             "torch": str(torch.__version__),
+            "numpy": np.__version__,
             "mpi": library_version(),
             "ranks": net.size,
             "threads": machine.threads,
             "engine": engines[-1],
             "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
+            "server_capability": machine.places[0][2],
             **data,
+            **input_record(dataset),
+            "sources": users,
         }
-        net.on_root(lambda: folder.begin(config, provenance) if folder else None)
+        net.on_root(lambda: folder.begin(config, provenance | split_record(config, split)) if folder else None)
         facts = {
             "options": result_hash(config),
             "data set": dataset.sha256,
@@ -137,7 +166,7 @@ def run_job(
         evaluator = net.on_all(
             lambda: test_evaluator(dataset, machine.device, halves.memory_format, config.eval_samples)
         )
-        progress = Progress(config.rounds)
+        progress = Progress(config.rounds, folder.elapsed_s if folder else 0.0)
         observers = [each for each in (folder, progress) if each]
         boundary = Boundary(folder, config.checkpoint_every, signals, deadline)
         manager = net.on_all(lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals))
@@ -178,10 +207,11 @@ def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None,
         return False
     with folder.fits():
         handler.load_state_dict(folder.stored["server"]["handler"])
+        at_its_end = handler.stop_condition()
     done = handler.round_idx
     if done > rounds:
         logger.info("%s has %d rounds, --rounds asks for %d: nothing to do", folder.path, done, rounds)
-    elif handler.stop_condition() and folder.finished:
+    elif at_its_end and folder.finished:
         logger.info("this very run is finished already, after round %d: nothing to do", done)
     else:
         return False

@@ -14,13 +14,19 @@ class RoundClock:
     The call order is start, sent, (busy ...) collected, stepped, then start, sent for an evaluation, then timings.
     """
 
-    def __init__(self, net: PackageProcessor) -> None:
-        """The first round starts now."""
+    def __init__(self, net: PackageProcessor, elapsed_s: float = 0.0) -> None:
+        """The first round of this job starts now, `elapsed_s` after the beginning of the run."""
         self._net = net
         self._laps: dict[str, float] = {}
         self._busy: dict[int, float] = {}
         self._last = self._begun = time.perf_counter()
+        self._run_begun = self._begun - elapsed_s
         self._bytes = 0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the run has taken so far, in all its jobs."""
+        return time.perf_counter() - self._run_begun
 
     def start(self) -> None:
         """The next order is being decided."""
@@ -49,7 +55,7 @@ class RoundClock:
         now = time.perf_counter()
         trainers = [self._busy.get(rank, 0.0) for rank in range(min(1, self._net.size - 1), self._net.size)]
         longest = max(trainers)
-        laps = {**self._laps, "train_s": longest, "round_s": now - self._begun}
+        laps = {**self._laps, "train_s": longest, "round_s": now - self._begun, "elapsed_s": now - self._run_begun}
         laps["collect_s"] = max(0.0, laps["collect_s"] - longest)
         laps["idle_share"] = 1 - sum(trainers) / len(trainers) / longest if longest else 0.0
         laps["wire_bytes"] = self._net.bytes_sent - self._bytes

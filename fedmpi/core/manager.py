@@ -102,10 +102,17 @@ class NetworkManager(ABC):
     def _check_same(self, model: torch.nn.Module, device: torch.device | None) -> None:
         """`device`: where this rank trains, None if it does not."""
         self.net.require_same({"torch version": str(torch.__version__), **model_facts(model), **self._facts})
-        held = self.net.on_every_rank(capability(device) if device else None)
-        ranks = {value: [rank for rank, each in enumerate(held) if each == value] for value in held if value}
+        on_cpu = device is None or device.type == "cpu"
+        held = self.net.on_every_rank((capability(device), device is not None, on_cpu))
+        # the server's CPU made the initial weights; beside trainers on GPUs there is nothing to compare it with
+        of_server = all(cpu for _, _, cpu in held)
+        models = [model if trains or of_server else None for model, trains, _ in held]
+        ranks = {value: [rank for rank, each in enumerate(models) if each == value] for value in models if value}
         if len(ranks) > 1 and self.net.is_server:
-            logger.warning("%s: the bits depend on which rank trains a client", describe("CPU or GPU model", ranks))
+            logger.warning(
+                "%s: the bits depend on which rank trains a client, and on which makes the initial weights (rank 0)",
+                describe("CPU or GPU model", ranks),
+            )
 
     def _share_sizes(self, num_clients: int, trainer: ClientTrainer | None, trainer_idx: int) -> NDArray[np.int64]:
         """Collective. (N,) sample counts on the server: each trainer counts every num_trainers-th client."""

@@ -73,6 +73,7 @@ class ServerManager(NetworkManager):
         self.observers = observers
         self.boundary = boundary or Boundary()
         self._resumed = False
+        self._elapsed_s = 0.0
         self._needs = handler.needs()
         if self._needs != "sum" and collect == "reduce":
             raise ConfigError(
@@ -107,16 +108,18 @@ class ServerManager(NetworkManager):
         if self.net.max_of(int(self._draws)):
             self.net.open_line()
         self.boundary.begin(self.handler.round_idx, self.state_dict, self._resumed)
-        self._clock = RoundClock(self.net)  # the first round starts now
+        self._clock = RoundClock(self.net, self._elapsed_s)  # the first round starts now
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, between two rounds."""
         pace = {"ranks": self.net.size, **self.boundary.state_dict()}
-        return {"handler": self.handler.state_dict(), "costs": self._costs.moments, "pace": pace}
+        held = {"handler": self.handler.state_dict(), "costs": self._costs.moments, "pace": pace}
+        return {**held, "elapsed_s": self._clock.elapsed_s}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, before `run`."""
         self.handler.load_state_dict(state["handler"])
+        self._elapsed_s = float(state.get("elapsed_s", 0.0))
         if state["pace"]["ranks"] == self.net.size:
             self._costs.moments = state["costs"]
             self.boundary.load_state_dict(state["pace"])

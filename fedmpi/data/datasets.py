@@ -34,7 +34,8 @@ class Split:
 class Dataset:
     """A data set. A model sees `(x / 255 - mean) / std`, `mean` and `std` per channel.
 
-    `sha256` identifies the content: equal on every machine, different for other data.
+    `sha256` identifies the content: equal on every machine, different for other data. `classes` are the names of the
+    labels.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sha256: str
+    classes: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -68,6 +70,7 @@ class DatasetEntry:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
@@ -91,7 +94,9 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
             raise DataError(
                 f"{name}: labels must be in [0, {entry.num_classes}), found {split.y.min()}..{split.y.max()}"
             )
-    return Dataset(name, arrays.train, arrays.test, entry.num_classes, entry.mean, entry.std, arrays.sha256)
+    return Dataset(
+        name, arrays.train, arrays.test, entry.num_classes, entry.mean, entry.std, arrays.sha256, entry.classes
+    )
 
 
 def load_idx(name: str, dims: int, data_dir: str | Path | None) -> Arrays:
@@ -173,13 +178,23 @@ def _in_memory(x: NDArray[np.uint8], y: NDArray[np.int64], train: NDArray[Any], 
     return Arrays(Split(x[train], y[train]), Split(x[test], y[test]), digest.hexdigest())
 
 
+_DIGITS = tuple("0123456789")
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 DATASETS: dict[str, DatasetEntry] = {
-    "mnist": DatasetEntry(lambda data_dir: load_idx("mnist", 3, data_dir), 10, (0.1307,), (0.3081,)),
-    "fashion-mnist": DatasetEntry(lambda data_dir: load_idx("fashion-mnist", 3, data_dir), 10, (0.2860,), (0.3530,)),
-    "cifar10": DatasetEntry(
-        lambda data_dir: load_idx("cifar10", 4, data_dir), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    "mnist": DatasetEntry(lambda data_dir: load_idx("mnist", 3, data_dir), 10, (0.1307,), (0.3081,), _DIGITS),
+    "fashion-mnist": DatasetEntry(
+        lambda data_dir: load_idx("fashion-mnist", 3, data_dir), 10, (0.2860,), (0.3530,), _FASHION
     ),
-    "digits": DatasetEntry(_digits, 10, (0.3049,), (0.3761,)),
-    "synthetic": DatasetEntry(_synthetic, 10, (0.4988,), (0.2529,)),
+    "cifar10": DatasetEntry(
+        lambda data_dir: load_idx("cifar10", 4, data_dir),
+        10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        _CIFAR10,
+    ),
+    "digits": DatasetEntry(_digits, 10, (0.3049,), (0.3761,), _DIGITS),
+    "synthetic": DatasetEntry(_synthetic, 10, (0.4988,), (0.2529,), _DIGITS),
 }
 """Adding a data set: one loader, one entry; if it lies in files, one entry in `fedmpi.data.raw_sets.RAW_SETS` too."""

@@ -16,9 +16,11 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Logs one line a round, and a summary at the end."""
 
-    def __init__(self, rounds: int) -> None:
-        """`rounds` to go."""
+    def __init__(self, rounds: int, elapsed_s: float = 0.0) -> None:
+        """`rounds` in all; the jobs of this run before this one have taken `elapsed_s`."""
         self._rounds = rounds
+        self._elapsed_s = elapsed_s
+        self._in_all = 0
         self._begun = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=10)
         self._accuracies: list[float] = []
@@ -31,6 +33,7 @@ class Progress:
         seconds = record.timings["round_s"]
         self._recent.append(seconds)
         self._done += 1
+        self._in_all = record.round_idx + 1
         self._wire_bytes += record.timings["wire_bytes"]
         self._idle += record.timings["idle_share"]
         left = (self._rounds - record.round_idx - 1) * sum(self._recent) / len(self._recent)
@@ -53,9 +56,10 @@ class Progress:
         seconds = time.perf_counter() - self._begun
         accuracy = f"{100 * self._accuracies[-1]:.2f} %" if self._accuracies else "not evaluated"
         idle = 100 * self._idle / max(self._done, 1)
+        before = f" ({self._in_all} in {self._elapsed_s + seconds:.1f} s in all)" if self._elapsed_s else ""
         return (
-            f"done: {self._done} rounds in {seconds:.1f} s, accuracy {accuracy}, {_size(self._wire_bytes)} through MPI,"
-            f" trainers idle {idle:.0f} %, model {model_hash}, in {run_dir}"
+            f"done: {self._done} rounds in {seconds:.1f} s{before}, accuracy {accuracy},"
+            f" {_size(self._wire_bytes)} through MPI, trainers idle {idle:.0f} %, model {model_hash}, in {run_dir}"
         )
 
 

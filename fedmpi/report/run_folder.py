@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,50 +20,67 @@ from typing import Any
 
 import torch
 
-from fedmpi.config import RunConfig
+from fedmpi.config import SPLIT_OPTIONS, RunConfig
 from fedmpi.core.checkpoint import Checkpoints
-from fedmpi.core.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError
-from fedmpi.core.files import atomic_write, remove_temps
+from fedmpi.core.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError, shown
+from fedmpi.core.files import atomic_write, free_path, refuse_odd, remove_temps
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.lock import FileLock
 from fedmpi.core.messages import RoundRecord
 from fedmpi.core.vector import model_state
 from fedmpi.options import to_yaml
 from fedmpi.report.history import History, check_history
-from fedmpi.report.same_run import description, refuse_other_run, warn_of_other_bits
+from fedmpi.report.same_run import changed_sources, changes, description, refuse_other_run
+from fedmpi.report.trace import join_traces
 
 logger = logging.getLogger(__name__)
 
 CONFIG, HISTORY, MODEL, TIMELINE, LOCK = "config.yaml", "history.jsonl", "model.pt", "timeline.json", ".lock"
 CHECKPOINTS, STOPPED = "checkpoint", "stopped"
 
+_CENTURIES_S = 1e10
+
 
 class RunFolder:
     """This job's folder, locked against other jobs until `close`. On the server rank only.
+
+    Before each write the lock is asked for: a job that lost the folder to another one ends, and writes nothing more.
 
     Attributes:
         path: the folder.
         stored: what the newest checkpoint holds of this run; None: the run starts at round 0.
     """
 
-    def __init__(self, config: RunConfig, data: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Mapping[str, object],
+        identity: Mapping[str, Mapping[str, object]] | None = None,
+        version: str = "",
+    ) -> None:
         """Make or take the folder, and see where its run stands.
 
         Args:
             config: the options of the run.
             data: provenance that decides the model beside the options: what data, split how.
+            identity: more that makes this run this one, by kind: the algorithm's name, the parts of the model.
+            version: fedmpi's.
 
         Raises:
-            FilesystemError: it cannot be written, or another job is using it.
+            FilesystemError: it cannot be written, another job is using it, or a link lies in it.
             ConfigError: it holds a run with other settings or data, or `--resume must` finds nothing to go on from.
             CheckpointError: its checkpoints are damaged.
         """
         self.path = _fresh(config) if config.run_dir is None else _make(Path(config.run_dir))
         self._lock = FileLock(self.path / LOCK, timeout_s=0, what=f"--run-dir {self.path}")
         self._lock.__enter__()
-        self._checkpoints = Checkpoints(self.path / CHECKPOINTS)
-        self._what: dict[str, Any] = description(config, data)
+        self._checkpoints = Checkpoints(self.path / CHECKPOINTS, self._lock.require)
+        self._what: dict[str, Any] = description(config, data, identity or {})
+        self._version = version
         try:
+            for name in (CONFIG, HISTORY, MODEL, TIMELINE, STOPPED):
+                refuse_odd(self.path / name)
+            refuse_odd(self.path / CHECKPOINTS, folder=True)
             self.stored = self._find(config)
         except FedmpiError:
             self.close()
@@ -81,8 +99,11 @@ class RunFolder:
             )
         if stored is not None:
             with self.fits():
-                refuse_other_run(self.path, stored["run"], self._what)
-                check_history(self.path / HISTORY, stored["history_bytes"], stored["server"]["handler"]["round_idx"])
+                same_version = not self._version or stored["made_with"].get("fedmpi") == self._version
+                refuse_other_run(self.path, stored["run"], self._what, same_version)
+                _check_numbers(stored, self._checkpoints.loaded_round)
+                done, num_bytes = stored["server"]["handler"]["round_idx"], stored["history_bytes"]
+                check_history(self.path / HISTORY, num_bytes, done, stored.get("history_sha256"))
         return stored
 
     @contextlib.contextmanager
@@ -94,11 +115,16 @@ class RunFolder:
         """
         try:
             yield
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f"{self.path}: its checkpoint is not one of this program ({type(error).__name__}: {error});"
+                f"{self.path}: its checkpoint is not one of this program ({type(error).__name__}: {shown(str(error))});"
                 " --resume never starts over"
             ) from error
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the run had taken when its checkpoint was written, in all jobs."""
+        return float(self.stored["server"].get("elapsed_s", 0.0)) if self.stored else 0.0
 
     @property
     def finished(self) -> bool:
@@ -106,40 +132,68 @@ class RunFolder:
         return (self.path / MODEL).exists()
 
     def begin(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
-        """Write config.yaml (without --run-dir, so that it starts another run); go on with the history, or begin one.
+        """Write config.yaml, and go on with the history, or begin one.
 
+        config.yaml starts another run: it is without --run-dir, and without what a --partition-file leaves unused.
         What a run that is started over held is put aside.
 
         Raises:
             FilesystemError: the folder cannot be written.
         """
-        history, num_bytes = self.path / HISTORY, 0
+        num_bytes, self._changes = 0, []
         if self.stored is None:
             self._put_aside()
         else:
             num_bytes, done = self.stored["history_bytes"], self.stored["server"]["handler"]["round_idx"]
-            warn_of_other_bits(self.stored["made_with"], provenance)
+            with self.fits():
+                self._changes = [shown(text, 500) for text in list(self.stored.get("changes", []))[-100:]]
+                self._warn(done, self.stored["made_with"], provenance)
             logger.info("going on after round %d of the run in %s", done, self.path)
             if self.finished:
-                _rename(self.path / MODEL, self.path / f"model-round-{done}.pt")
+                self._move(self.path / MODEL, self.path / f"model-round-{done}.pt")
         self._made_with = dict(provenance)
-        atomic_write(self.path / CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), provenance).encode())
-        self._history = History(history, num_bytes)
+        record = {**provenance, **({"changes": self._changes} if self._changes else {})}
+        unused = SPLIT_OPTIONS if config.partition_file else ()
+        self._write(CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), record, unused).encode())
+        self._history = History(self.path / HISTORY, num_bytes, self._lock.require)
         self._checkpoints.begin()
-        (self.path / STOPPED).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / STOPPED).unlink()
+
+    def _warn(self, done: int, before: Mapping[str, Any], now: Mapping[str, object]) -> None:
+        """One line if the rest of a run is computed by other means than its beginning; one if sources were edited."""
+        other, edited = changes(before, now), changed_sources(before, now)
+        if other:
+            logger.warning("this run began with %s: its last bits may differ from those of a run of one piece", other)
+        if edited:
+            logger.warning("this run began with other source files: %s", edited)
+        self._changes += [f"after round {done}: {text}" for text in (other, edited) if text]
 
     def _put_aside(self) -> None:
-        """Into a folder of this second; a run that had kept nothing yet is no loss."""
+        """Into a folder of this second, of its own; a run that had kept nothing yet is no loss."""
         history = self.path / HISTORY
         kept = self.finished or self._checkpoints.names() or (history.exists() and history.stat().st_size)
         if not kept:
             return
         remove_temps(self._checkpoints.folder)
-        aside = self.path / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
-        for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG):
-            if (self.path / name).exists():
-                _rename(self.path / name, aside / name)
+        aside = free_path(self.path / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}")
+        models = sorted(path.name for path in self.path.glob("model-round-*.pt"))
+        for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG, *models):
+            if os.path.lexists(self.path / name):
+                self._move(self.path / name, aside / name)
         logger.warning("%s: starting over; what was there is now in %s", self.path, aside.name)
+
+    def _move(self, path: Path, new: Path) -> None:
+        """Rename, to a name that nothing has."""
+        self._lock.require()
+        try:
+            new.parent.mkdir(exist_ok=True)
+            path.rename(free_path(new))
+        except OSError as error:
+            raise FilesystemError(f"{path}: cannot be renamed ({error.strerror})") from error
+
+    def _write(self, name: str, content: bytes) -> None:
+        atomic_write(self.path / name, content, self._lock.require)
 
     def on_round(self, record: RoundRecord) -> None:
         """One line in history.jsonl."""
@@ -165,7 +219,9 @@ class RunFolder:
         whole = {
             "run": self._what,
             "made_with": self._made_with,
+            "changes": self._changes,
             "history_bytes": self._history.num_bytes,
+            "history_sha256": self._history.sha256,
             "server": state,
         }
         self._checkpoints.write(round_idx, whole, self._history.sync)
@@ -176,18 +232,24 @@ class RunFolder:
 
     def note_stop(self, reason: str) -> None:
         """In a file that slurm/fedavg.sbatch looks for."""
-        with contextlib.suppress(OSError):  # the job ends in any case
-            (self.path / STOPPED).write_text(reason + "\n", encoding="utf-8")
+        with contextlib.suppress(FilesystemError):  # the job ends in any case
+            self._write(STOPPED, f"{reason}\n".encode())
 
     def on_end(self, handler: SyncParameterServerHandler) -> None:
         """Write model.pt, a plain state dict on CPU."""
         buffer = io.BytesIO()
         torch.save(model_state(handler.model), buffer)
-        atomic_write(self.path / MODEL, buffer.getvalue())
+        self._write(MODEL, buffer.getvalue())
 
     def write_timeline(self, trace: str) -> None:
-        """Write timeline.json."""
-        atomic_write(self.path / TIMELINE, trace.encode())
+        """Write timeline.json: what the run's jobs before this one left in it, then `trace`."""
+        if self.stored is not None:
+            try:
+                trace = join_traces(self.path / TIMELINE, trace, self.elapsed_s)
+            except ValueError:
+                logger.warning("%s is no timeline of this run: put aside", self.path / TIMELINE)
+                self._move(self.path / TIMELINE, self.path / f"{TIMELINE}.other")
+        self._write(TIMELINE, trace.encode())
 
     def close(self) -> None:
         """Let other jobs have the folder."""
@@ -218,9 +280,19 @@ def _make(path: Path) -> Path:
     return path
 
 
-def _rename(path: Path, new: Path) -> None:
-    try:
-        new.parent.mkdir(exist_ok=True)
-        path.rename(new)
-    except OSError as error:
-        raise FilesystemError(f"{path}: cannot be renamed ({error.strerror})") from error
+def _check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
+    """See that what is used without another look is what it must be.
+
+    Raises:
+        ValueError: it is not; names it.
+    """
+    server = stored["server"]
+    done, num_bytes = server["handler"]["round_idx"], stored["history_bytes"]
+    if type(done) is not int or done != round_of_name:
+        raise ValueError(f"it holds round {shown(done)}, its name says {round_of_name}")
+    if type(num_bytes) is not int or num_bytes < 0:
+        raise ValueError(f"history_bytes {shown(num_bytes)}")
+    seconds = {"elapsed_s": server.get("elapsed_s", 0.0), **server.get("pace", {})}
+    for name, value in seconds.items():
+        if not isinstance(value, int | float) or not 0 <= value < _CENTURIES_S:
+            raise ValueError(f"{name} {shown(value)}")

@@ -2,55 +2,104 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ConfigError
+from fedmpi.core.errors import ConfigError, shown
 from fedmpi.options import flag_of, result_options
 
 logger = logging.getLogger(__name__)
 
-_DECIDES_BITS = ("fedmpi", "torch", "threads", "engine", "capability")
+_MAY_CHANGE = ("rounds", "threads")  # more rounds extend a run; threads are told like another torch or CPU
+_DECIDES_BITS = ("fedmpi", "torch", "numpy", "threads", "engine", "capability", "server_capability")
+_MISSING = "nothing of that name"
 
 
-def description(config: RunConfig, data: Mapping[str, object]) -> dict[str, dict[str, Any]]:
-    """What makes a run this one. Rounds may be added to it, so their number is not part of it."""
-    options = {name: value for name, value in result_options(config).items() if name != "rounds"}
-    return {"options": options, "data": dict(data)}
+def description(
+    config: RunConfig, data: Mapping[str, object], identity: Mapping[str, Mapping[str, object]]
+) -> dict[str, dict[str, Any]]:
+    """What makes a run this one.
+
+    Args:
+        config: the options; rounds may be added to a run, so their number is not part of it.
+        data: what data, split how.
+        identity: more of the kind: the algorithm's name, the parts of the model.
+    """
+    options = {name: value for name, value in result_options(config).items() if name not in _MAY_CHANGE}
+    algorithm = {kind: dict(values) for kind, values in identity.items()}
+    return {**algorithm, "options": options, "data": dict(data)}
 
 
-def refuse_other_run(path: Path, stored: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare a checkpoint's `description` with this job's.
+def refuse_other_run(
+    path: Path, stored: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], same_version: bool = True
+) -> None:
+    """Compare a checkpoint's `description` with this job's: every key that either of them has.
+
+    Args:
+        path: the run folder, for the message.
+        stored: the checkpoint's.
+        given: this job's.
+        same_version: whether this version of fedmpi wrote the checkpoint. In another version's, an option of fedmpi's
+            own may be missing if it has its default here: it was added since.
 
     Raises:
         ConfigError: names what differs, its value there and here, and how to start afresh.
     """
     for kind, values in given.items():
-        for name, value in values.items():
-            before = stored[kind].get(name)
-            if before != value:
-                what = flag_of(name) if kind == "options" else name
-                raise ConfigError(
-                    f"--run-dir {path} holds a run with {what} {_said(before)}, this one has {_said(value)}: name"
-                    " another, or --resume never to start over"
-                )
+        if kind not in stored and kind != "options":
+            raise ConfigError(
+                f"--run-dir {path} holds a run with no record of its {kind}, by an earlier fedmpi: go on with that one,"
+                " name another, or --resume never to start over"
+            )
+        before = stored[kind]
+        for name in [*values, *(name for name in before if name not in values)]:
+            there, here = before.get(name, _MISSING), values.get(name, _MISSING)
+            if there == here and type(there) is type(here):
+                continue
+            if kind == "options" and name not in before and not same_version and _is_default(name, here):
+                continue
+            what = flag_of(name) if kind == "options" else f"{'model part ' * (kind == 'model')}{name}"
+            raise ConfigError(
+                f"--run-dir {path} holds a run with {shown(what)} {_said(there)}, this one has {_said(here)}: name"
+                " another, or --resume never to start over"
+            )
 
 
-def warn_of_other_bits(stored: Mapping[str, Any], given: Mapping[str, object]) -> None:
-    """One line if the rest of a run is computed by other means than its beginning."""
+def _is_default(name: str, value: object) -> bool:
+    return any(f.name == name and f.default == value for f in dataclasses.fields(RunConfig))
+
+
+def changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """By what other means the rest of a run is computed than its beginning, for one line; empty: by the same."""
     differing = [
-        f"{name} {_said(stored.get(name))}, now {_said(given[name])}"
+        f"{name} {_said(stored.get(name))}, now {_said(given.get(name))}"
         for name in _DECIDES_BITS
-        if stored.get(name) != given[name]
+        if stored.get(name) != given.get(name)
     ]
-    if differing:
-        logger.warning(
-            "this run began with %s: its last bits may differ from those of a run of one piece", "; ".join(differing)
-        )
+    return "; ".join(differing)
+
+
+def changed_sources(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Which source files of the user's own functions are not what they were, for one line; empty: none."""
+    before, now = stored.get("sources") or {}, given.get("sources") or {}
+    differing = [
+        f"{shown(role)} in {shown(where['file'], 300)} ({_digest(before.get(role))}, now {_digest(where)})"
+        for role, where in now.items()
+        if _digest(before.get(role)) != _digest(where)
+    ]
+    gone = [f"{shown(role)}, which had a file" for role in before if role not in now]
+    return "; ".join(differing + gone)
+
+
+def _digest(where: Any) -> str:
+    return shown(where["sha256"])[:8] if isinstance(where, Mapping) and "sha256" in where else "none"
 
 
 def _said(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(shown, value[:8]))
+    return "unset" if value is None else shown(value)

@@ -56,7 +56,8 @@ TORCH = {
     "core.trainer", "core.untouched", "core.vector", "core.views", "core.visits", "data.client_data",
     "engines.choose", "engines.eager", "engines.fused", "engines.graph", "engines.proof",
     "engines.put_back", "engines.rehearsal", "engines.single_step",
-    "fedavg", "job", "machine", "models", "models.cnn", "models.mlp", "report.run_folder",
+    "fedavg", "job", "machine", "models", "models.cnn", "models.mlp", "report.identity",
+    "report.run_folder",
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_a_history_that_cannot_be_written_names_its_file(tmp_path: Path) -> None
     path = tmp_path / "gone" / "history.jsonl"
     with pytest.raises(FilesystemError) as caught:
         History(path)
-    assert str(caught.value) == f"{path}: cannot be written (No such file or directory)"
+    assert str(caught.value) == f"{path} cannot be written: No such file or directory"
 
 
 # the progress line
