@@ -4,8 +4,8 @@ The lock is a file created with O_EXCL, which every file system does right, NFS 
 succeed twice. It names its holder, and the holder touches it every `HEARTBEAT_S`. A lock is stale when its holder is a
 dead process of this machine, or, for other machines and unreadable content, when it was not touched for `STALE_S` by
 the file system's own clock. A lock dated in the future (a clock was set back) is stale once it was seen not to change
-for `STALE_S`. Only who holds the guard (`<lock>.takeover`, a lock too) may replace a stale lock, so two processes that
-find the same stale lock cannot both win.
+for three heartbeats. Only who holds the guard (`<lock>.takeover`, a lock too) may replace a stale lock, so two
+processes that find the same stale lock cannot both win.
 
 A holder that slept for longer than `STALE_S` may have lost its lock: it asks `require` before each write.
 """
@@ -31,6 +31,7 @@ from fedmpi.core.files import read_regular, temp_path
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
+_MISSED_BEATS = 3
 _MOST_BYTES = 4096
 _FIELD = 255
 
@@ -88,13 +89,15 @@ class FileLock:
             if holder is None:
                 break
             # whoever created it just now is still writing its name; one dated in the future is watched
-            grace_s = STALE_S + 1.0 if self._sightings else 0.0 if isinstance(holder, Holder) else 1.0
+            grace_s = (
+                _MISSED_BEATS * HEARTBEAT_S + 1.0 if self._sightings else 0.0 if isinstance(holder, Holder) else 1.0
+            )
             if time.monotonic() >= give_up + grace_s:
                 waited = f" (waited {self.timeout_s:.0f} s for {self.path})" if self.timeout_s else ""
                 raise FilesystemError(f"{self.what} is in use by {holder}{waited}")
             if not told and self._sightings:
                 logger.info("waiting for %s: in use by %s, unless its lock, which is dated in the future, stands still"
-                            " for %.0f s", self.what, holder, STALE_S)  # fmt: skip
+                            " for %.0f s", self.what, holder, _MISSED_BEATS * HEARTBEAT_S)  # fmt: skip
                 told = True
             if not told and self.timeout_s > 0 and pause_s > 0.3:
                 logger.info("waiting for %s: in use by %s", self.what, holder)
@@ -199,7 +202,7 @@ def _judge(path: Path, sightings: _Sightings) -> tuple[Holder | str, bool]:
         return told, age_s > STALE_S
     seen = stat.st_mtime_ns, content
     sightings[path] = seen, since if seen == before else now
-    return told, now - sightings[path][1] > STALE_S
+    return told, now - sightings[path][1] > _MISSED_BEATS * HEARTBEAT_S
 
 
 def _date(seconds: float) -> str:

@@ -25,7 +25,8 @@ def model_parts(model: nn.Module) -> dict[str, str]:
     """What the model is, by part: two models of equal parts are built alike, but for weights that train.
 
     A part is a module: its type, its settings (`extra_repr`, and public attributes that are numbers, text, functions or
-    tuples and lists of such), shape and dtype of its tensors, and SHA-256 of parameters that do not train.
+    tuples and lists of such), shape and dtype of its tensors, and the beginning of the SHA-256 of
+    parameters that do not train.
     """
     parts = {name or "(whole)": _part(module) for name, module in model.named_modules(remove_duplicate=False)}
     if len(parts) <= _MOST_PARTS:
@@ -72,7 +73,7 @@ def _kind(tensor: object) -> str:
 
 def _sha256(param: nn.Parameter) -> str:
     content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()
+    return hashlib.sha256(content.data).hexdigest()[:16]
 
 
 def sources(functions: Mapping[str, Iterable[object]]) -> dict[str, dict[str, str]]:

@@ -30,15 +30,13 @@ from fedmpi.core.messages import RoundRecord
 from fedmpi.core.vector import model_state
 from fedmpi.options import to_yaml
 from fedmpi.report.history import History, check_history
-from fedmpi.report.same_run import changed_sources, changes, description, refuse_other_run
+from fedmpi.report.same_run import changed_sources, changes, check_numbers, description, refuse_other_run
 from fedmpi.report.trace import join_traces
 
 logger = logging.getLogger(__name__)
 
 CONFIG, HISTORY, MODEL, TIMELINE, LOCK = "config.yaml", "history.jsonl", "model.pt", "timeline.json", ".lock"
 CHECKPOINTS, STOPPED = "checkpoint", "stopped"
-
-_CENTURIES_S = 1e10
 
 
 class RunFolder:
@@ -101,7 +99,7 @@ class RunFolder:
             with self.fits():
                 same_version = not self._version or stored["made_with"].get("fedmpi") == self._version
                 refuse_other_run(self.path, stored["run"], self._what, same_version)
-                _check_numbers(stored, self._checkpoints.loaded_round)
+                check_numbers(stored, self._checkpoints.loaded_round)
                 done, num_bytes = stored["server"]["handler"]["round_idx"], stored["history_bytes"]
                 check_history(self.path / HISTORY, num_bytes, done, stored.get("history_sha256"))
         return stored
@@ -278,21 +276,3 @@ def _make(path: Path) -> Path:
     except OSError as error:
         raise FilesystemError(f"--run-dir {path}: cannot be made ({error.strerror})") from error
     return path
-
-
-def _check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
-    """See that what is used without another look is what it must be.
-
-    Raises:
-        ValueError: it is not; names it.
-    """
-    server = stored["server"]
-    done, num_bytes = server["handler"]["round_idx"], stored["history_bytes"]
-    if type(done) is not int or done != round_of_name:
-        raise ValueError(f"it holds round {shown(done)}, its name says {round_of_name}")
-    if type(num_bytes) is not int or num_bytes < 0:
-        raise ValueError(f"history_bytes {shown(num_bytes)}")
-    seconds = {"elapsed_s": server.get("elapsed_s", 0.0), **server.get("pace", {})}
-    for name, value in seconds.items():
-        if not isinstance(value, int | float) or not 0 <= value < _CENTURIES_S:
-            raise ValueError(f"{name} {shown(value)}")

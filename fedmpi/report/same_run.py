@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedmpi.config import RunConfig
 from fedmpi.core.errors import ConfigError, shown
 from fedmpi.options import flag_of, result_options
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("rounds", "threads")  # more rounds extend a run; threads are told like another torch or CPU
 _DECIDES_BITS = ("fedmpi", "torch", "numpy", "threads", "engine", "capability", "server_capability")
+_CENTURIES_S = 1e10
 _MISSING = "nothing of that name"
 
 
@@ -62,6 +65,8 @@ def refuse_other_run(
                 continue
             if kind == "options" and name not in before and not same_version and _is_default(name, here):
                 continue
+            if isinstance(there, str) and isinstance(here, str) and kind == "model":
+                there, here = _differing(there, here), _differing(here, there)
             what = flag_of(name) if kind == "options" else f"{'model part ' * (kind == 'model')}{name}"
             raise ConfigError(
                 f"--run-dir {path} holds a run with {shown(what)} {_said(there)}, this one has {_said(here)}: name"
@@ -69,8 +74,39 @@ def refuse_other_run(
             )
 
 
+def _differing(part: str, other: str) -> str:
+    """What of a part's description the other one lacks; empty: nothing."""
+    known = other.split("; ")
+    return "; ".join(text for text in part.split("; ") if text not in known) or "no more than that"
+
+
 def _is_default(name: str, value: object) -> bool:
     return any(f.name == name and f.default == value for f in dataclasses.fields(RunConfig))
+
+
+def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
+    """See that what is used without another look is what it must be.
+
+    Raises:
+        ValueError: it is not; names it.
+    """
+    server = stored["server"]
+    done, num_bytes = server["handler"]["round_idx"], stored["history_bytes"]
+    if type(done) is not int or done != round_of_name:
+        raise ValueError(f"it holds round {shown(done)}, its name says {round_of_name}")
+    if type(num_bytes) is not int or num_bytes < 0:
+        raise ValueError(f"history_bytes {shown(num_bytes)}")
+    for name, (array, dtype, shape) in {
+        "vector": (server["handler"]["vector"], np.float32, None),
+        "integers": (server["handler"]["integers"], np.int64, None),
+        "costs": (server.get("costs", np.zeros(5)), np.float64, (5,)),
+    }.items():
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (shape or (array.size,)):
+            raise ValueError(f"{name} {shown(array)}")
+    seconds = {"elapsed_s": server.get("elapsed_s", 0.0), **server.get("pace", {})}
+    for name, value in seconds.items():
+        if not isinstance(value, int | float) or not 0 <= value < _CENTURIES_S:
+            raise ValueError(f"{name} {shown(value)}")
 
 
 def changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:

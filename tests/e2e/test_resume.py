@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -145,8 +146,13 @@ def test_no_round_is_begun_that_would_not_end_before_max_seconds(job):
 
 def test_a_finished_run_goes_on_with_more_rounds_and_not_with_fewer(job, whole):
     first = job(1, *SMALL)
+    before = first.rows()
     more = job(2, *SMALL, "--rounds", "5")
     assert more.code == 0, more.text
+    elapsed = [row["timings"]["elapsed_s"] for row in more.rows()]
+    assert elapsed == sorted(elapsed), "the time of the run goes on"
+    assert more.rows()[:3] == before
+    assert re.search(r"done: 2 rounds in [\d.]+ s \(5 in [\d.]+ s in all\), accuracy", more.out)
     assert (more.bits(), more.history()) == whole(*SMALL, "--rounds", "5")
     assert (first.run_dir / "model-round-3.pt").exists()
     fewer = job(1, *SMALL, "--rounds", "4")
@@ -239,6 +245,66 @@ def test_the_state_of_a_server_optimizer_is_restored(job, whole, tmp_path):
     train(2, "two", "2")
     assert train(1, "two", "5").bits() == one_piece.bits()
     assert whole(*SMALL, "--rounds", "5")[0] != one_piece.bits(), "momentum makes a difference"
+
+
+@pytest.mark.slow
+def test_the_timeline_goes_on_over_the_lives_of_a_run(job):
+    before = spans(job(2, *SMALL, "--timeline"))
+    second = job(3, *SMALL, "--timeline", "--rounds", "4")
+    assert second.code == 0, second.text
+    after = spans(second)
+    assert after[: len(before)] == before
+    assert min(event["ts"] for event in after[len(before) :]) > max(event["ts"] for event in before)
+    assert {event["tid"] for event in after[len(before) :]} == {0, 1, 2}
+
+
+def spans(result):
+    events = json.loads((result.run_dir / "timeline.json").read_text())["traceEvents"]
+    return [event for event in events if event["ph"] == "X"]
+
+
+OTHER_ALGORITHM = """
+import dataclasses, sys
+from fedmpi.config import RunConfig
+from fedmpi.fedavg import FEDAVG
+from fedmpi.launch import main
+from fedmpi.options import option
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    mu: float = option(0.1, "weight of the proximal term", "Federation", "[0, inf)")
+
+PROX = dataclasses.replace(FEDAVG, name="FedProx")
+if __name__ == "__main__":
+    sys.exit(main("prox:PROX", Config))
+"""
+
+
+@pytest.mark.slow
+def test_the_folder_of_another_algorithm_is_refused(job, tmp_path):
+    (tmp_path / "prox.py").write_text(OTHER_ALGORITHM)
+    folder = ["--run-dir", str(tmp_path / "run")]
+    assert job(1, *SMALL, "--mu", "0.5", *folder, program=("-m", "prox")).code == 0
+    refused = job(2, *SMALL, *folder)
+    assert refused.code == 2, refused.text
+    assert len(refused.errors) == 1
+    assert "algorithm prox:PROX, this one has fedmpi.fedavg:FEDAVG" in refused.errors[0]
+
+
+@pytest.mark.slow
+def test_a_job_that_lost_its_folder_ends_with_2_and_writes_no_more(start, tmp_path):
+    running = start(2, *NEVER)
+    running.wait_for_round(2)
+    claim = {"host": "other", "pid": 77, "machine": "x", "started": "1", "since": "now", "token": "theirs"}
+    (tmp_path / "claim").write_text(json.dumps(claim))
+    (tmp_path / "claim").replace(running.run_dir / ".lock")
+    ended = running.end(60)
+    assert ended.code == 2, ended.text
+    assert "is in use by other pid 77 since now" in ended.err
+    held = {path: path.stat().st_mtime_ns for path in running.run_dir.rglob("*")}
+    time.sleep(1)
+    assert {path: path.stat().st_mtime_ns for path in running.run_dir.rglob("*")} == held
+    assert json.loads((running.run_dir / ".lock").read_text()) == claim
 
 
 def test_model_and_checkpoints_hold_no_code(job):

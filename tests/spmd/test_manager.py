@@ -214,6 +214,18 @@ def test_other_options_on_other_ranks_are_refused(net):
         train(net, facts={"options": min(net.rank, 1)})
 
 
+def test_the_cpu_of_the_server_is_compared_with_the_trainers(net, agree, caplog, monkeypatch):
+    """It makes the initial weights."""
+    from fedmpi.core import manager
+
+    monkeypatch.setattr(logging.getLogger("fedmpi"), "propagate", True)
+    monkeypatch.setattr(manager, "capability", lambda device: "old" if net.is_server else "new")
+    train(net)
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    expected = "CPU or GPU model is old on rank 0 but new on rank"
+    agree(net.size == 1 or not net.is_server or any(line.startswith(expected) for line in said), said)
+
+
 class Exploding(ClientSGDTrainer):
     def train(self, model_parameters, epochs=None):
         super().train(model_parameters, epochs)

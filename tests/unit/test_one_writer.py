@@ -128,7 +128,7 @@ def test_what_a_loser_still_writes_reaches_no_file_of_the_winner(tmp_path: Path)
 def test_a_lock_dated_in_the_future_is_watched_and_taken_over_when_it_stands_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lock_module, "STALE_S", 0.3)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
     claim(tmp_path / "lock", age_s=-7200)
     with caplog.at_level(logging.INFO, logger="fedmpi"), FileLock(tmp_path / "lock", timeout_s=0):
         pass
@@ -137,7 +137,7 @@ def test_a_lock_dated_in_the_future_is_watched_and_taken_over_when_it_stands_sti
 
 def test_a_lock_dated_in_the_future_that_is_touched_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder's file system is hours ahead; it lives."""
-    monkeypatch.setattr(lock_module, "STALE_S", 0.3)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
     ahead_s = [7200.0]
     real_sleep = time.sleep
 
@@ -380,6 +380,9 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("server",),
         ("server", "handler"),
         ("server", "handler", "round_idx"),
+        ("server", "handler", "vector"),
+        ("server", "handler", "integers"),
+        ("server", "costs"),
         ("server", "elapsed_s"),
         ("server", "pace"),
         ("server", "pace", "round_s"),

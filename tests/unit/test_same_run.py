@@ -143,11 +143,12 @@ PLAIN = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         (PLAIN, nn.Sequential(nn.Linear(2, 2), nn.Tanh()), "1 torch.nn.modules.activation.ReLU()"),
         (PLAIN, nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), "0 torch.nn.modules.linear.Linear("),
         (PLAIN, nn.Sequential(PLAIN), "0 torch.nn.modules.linear.Linear("),
+        (nn.Sequential(PLAIN), PLAIN, "0 torch.nn.modules.container.Sequential("),
         (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2), "negative_slope=0.1"),
         (nn.Dropout(0.1), nn.Dropout(0.2), "p=0.1"),
         (nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False), "in_features=2"),
         (nn.BatchNorm1d(2), nn.BatchNorm1d(2, momentum=0.2), "momentum=0.1"),
-        (frozen(1.0), frozen(2.0), "0 torch.nn.modules.linear.Linear("),
+        (frozen(1.0), frozen(2.0), "0 weight float32 (2, 2) frozen "),
         (frozen(1.0), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "frozen"),
         (Scaled(1.0), Scaled(2.0), "scale=1.0"),
         (Scaled((1, "a")), Scaled((1, "b")), "scale=[1, 'a']"),
@@ -158,7 +159,7 @@ def test_another_model_of_the_same_length_is_refused(life: Any, before: nn.Modul
     life(model=before)
     text = refusal(lambda: life(model=now))
     assert text.startswith("model part ")
-    assert said in " ".join(model_parts(before).values()) or said in text
+    assert said in text.partition(", this one has ")[0]
 
 
 def test_the_same_model_with_other_weights_is_the_same_run(life: Any) -> None:
