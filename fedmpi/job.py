@@ -44,7 +44,7 @@ from fedmpi.machine import find_machine
 from fedmpi.models import build_model
 from fedmpi.options import result_hash
 from fedmpi.report.banner import banner
-from fedmpi.report.identity import model_parts, sources
+from fedmpi.report.identity import functions_of, identity, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
@@ -81,25 +81,10 @@ class Halves:
 
     @property
     def model(self) -> torch.nn.Module:
-        """This rank's."""
-        half = self.trainer or self.handler
-        assert half is not None
+        """The server's, else the trainer's."""
+        half = self.handler or self.trainer
+        assert half
         return half.model
-
-    def identity(self, algorithm: str) -> dict[str, dict[str, object]]:
-        """On the server: what makes a run this one, beside options and data."""
-        assert self.handler is not None
-        return {"algorithm": {"algorithm": algorithm}, "model": {**model_parts(self.handler.model)}}
-
-    def functions(self, recipe: Algorithm, model: str) -> dict[str, list[object]]:
-        """Functions and classes that this rank's halves are made of, by role; `model`: the option."""
-        module, _, name = model.partition(":")
-        function = [getattr(importlib.import_module(module), name)] if name else []
-        return {
-            "model": [*function, *dict.fromkeys(type(part) for part in self.model.modules())],
-            "trainer": [recipe.trainer, *([type(self.trainer)] if self.trainer else [])],
-            "handler": [recipe.handler, *([type(self.handler)] if self.handler else [])],
-        }
 
 
 def run_job(
@@ -133,13 +118,18 @@ def run_job(
     partition, split = share_partition(net, config, dataset)
     halves = net.on_all(lambda: build_halves(net, recipe, config, dataset, partition, machine.device))
     data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
-    folder = net.on_root(lambda: RunFolder(config, data, halves.identity(algorithm), __version__), share=False)
+    folder = net.on_root(lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
     try:
         if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
             return EXIT_DONE
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
-        functions = halves.functions(recipe, config.model) | {"algorithm": [importlib.import_module(module)]}
+        functions: dict[str, list[object]] = {
+            "model": functions_of(config.model, halves.model),
+            "trainer": [recipe.trainer, type(halves.trainer)],
+            "handler": [recipe.handler, type(halves.handler)],
+            "algorithm": [importlib.import_module(module)],
+        }
         users = {role: where for found in net.on_every_rank(sources(functions)) for role, where in found.items()}
         provenance: dict[str, Any] = {
             "algorithm": algorithm,
@@ -163,12 +153,11 @@ def run_job(
             "threads": machine.threads,
             "engine": engines[net.rank] or engines[-1],
         }
-        evaluator = net.on_all(
-            lambda: test_evaluator(dataset, machine.device, halves.memory_format, config.eval_samples)
-        )
+        layout = halves.memory_format
+        evaluator = net.on_all(lambda: test_evaluator(dataset, machine.device, layout, config.eval_samples))
         progress = Progress(config.rounds, folder.elapsed_s if folder else 0.0)
-        observers = [each for each in (folder, progress) if each]
         boundary = Boundary(folder, config.checkpoint_every, signals, deadline)
+        observers = [each for each in (folder, progress) if each]
         manager = net.on_all(lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals))
         net.on_root(lambda: resume(folder, manager))
         if machine.warning:

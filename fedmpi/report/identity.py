@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import re
 import types
@@ -19,6 +20,11 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _MOST_PARTS = 2000
 _MOST_SOURCE_BYTES = 2**24
 _NOT_THE_USERS = ("fedmpi.", "torch.", "torchvision.", "numpy.", "builtins.", "abc.", "typing.", "functools.")
+
+
+def identity(algorithm: str, model: nn.Module) -> dict[str, dict[str, object]]:
+    """What makes a run this one beside options and data: the algorithm ("module:NAME") and the server's fresh model."""
+    return {"algorithm": {"algorithm": algorithm}, "model": {**model_parts(model)}}
 
 
 def model_parts(model: nn.Module) -> dict[str, str]:
@@ -74,6 +80,13 @@ def _kind(tensor: object) -> str:
 def _sha256(param: nn.Parameter) -> str:
     content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()[:16]
+
+
+def functions_of(option: str, model: nn.Module) -> list[object]:
+    """The function behind `--model` module:function, and the classes of the parts of the model it made."""
+    module, _, name = option.partition(":")
+    function = [getattr(importlib.import_module(module), name)] if name else []
+    return [*function, *dict.fromkeys(type(part) for part in model.modules())]
 
 
 def sources(functions: Mapping[str, Iterable[object]]) -> dict[str, dict[str, str]]:

@@ -17,7 +17,7 @@ def test_the_lines_of_the_readme_predict_as_the_run_did(job, monkeypatch):
     result = job(1, *SMALL)
     assert result.code == 0, result.text
     (lines,) = re.findall(
-        r"```python\n(import pathlib, torch, yaml; .*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+        r"```python\n(import pathlib, torch, yaml\n.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
     test = load_dataset("synthetic").test
     names = {"images": torch.from_numpy(np.array(test.x))}

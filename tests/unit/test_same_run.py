@@ -23,7 +23,7 @@ from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_pickle import Manifest, write_partition
 from fedmpi.options import option, parse
 from fedmpi.report.history import flat_rows
-from fedmpi.report.identity import model_parts, sources
+from fedmpi.report.identity import identity, model_parts, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
@@ -33,10 +33,6 @@ from tests.unit.test_report import DATA, MADE_WITH, RECORD
 @dataclasses.dataclass(frozen=True)
 class Prox(RunConfig):
     mu: float = option(0.1, "weight of the proximal term", "Federation", "[0, inf)")
-
-
-def identity(algorithm: str, model: nn.Module) -> dict[str, dict[str, object]]:
-    return {"algorithm": {"algorithm": algorithm}, "model": {**model_parts(model)}}
 
 
 @pytest.fixture
