@@ -41,7 +41,6 @@ _ANY_FORMAT = re.compile(rb"fedmpi checkpoint (\d{1,9}) ")
 _MOST_HEADER_BYTES = 2**22
 _SMALL_BYTES = 2**26  # up to here the sum is formed even of a file that has not the length it must have
 _SPARSE_BYTES = 2**30
-_MOST_DIMS = 32
 _DAMAGED = "does not match its checksum: it is damaged or cut"
 _ARRAY = "array"  # {"array": index}: where an array stood
 _DTYPES = {
@@ -124,7 +123,7 @@ def _read(file: BufferedReader) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         if size <= _SMALL_BYTES:
             digest.update(file.read())
-        if size > _SMALL_BYTES or not _is_of(first, digest):
+        if size > _SMALL_BYTES or first[len(_MAGIC) :] != digest.hexdigest().encode() + b"\n":
             raise CheckpointError(_DAMAGED) from None
         raise
     if stat.st_size > _SPARSE_BYTES and 16 * 512 * stat.st_blocks < stat.st_size:
@@ -139,7 +138,7 @@ def _read(file: BufferedReader) -> dict[str, Any]:
             raise CheckpointError(_DAMAGED)
         digest.update(piece)
         arrays.append(array.astype(kind, copy=False))
-    if not _is_of(first, digest):
+    if first[len(_MAGIC) :] != digest.hexdigest().encode() + b"\n":
         raise CheckpointError(_DAMAGED)
     state = _unpack(content["state"], arrays)
     if not isinstance(state, dict):
@@ -147,12 +146,8 @@ def _read(file: BufferedReader) -> dict[str, Any]:
     return state
 
 
-def _is_of(first: bytes, digest: hashlib._Hash) -> bool:
-    return first[len(_MAGIC) :] == digest.hexdigest().encode() + b"\n"
-
-
 def _num_bytes(kind: np.dtype[Any], shape: list[int], most: int) -> int:
-    if len(shape) > _MOST_DIMS or not all(type(length) is int and 0 <= length <= most for length in shape):
+    if len(shape) > 32 or not all(type(length) is int and 0 <= length <= most for length in shape):
         raise ValueError("shape")
     return math.prod(shape) * kind.itemsize
 
@@ -241,9 +236,8 @@ class Checkpoints:
         Raises:
             FilesystemError: it cannot be written.
         """
-        refuse_odd(self.folder, folder=True)
+        self._ask()
         try:
-            self._may_write()
             self.folder.mkdir(exist_ok=True)
             for path in self._damaged:
                 path.rename(free_path(path.with_name(path.name + ".damaged")))
@@ -286,7 +280,7 @@ class Checkpoints:
         try:
             before()
             path = self.folder / f"round-{round_idx:06}.ckpt"
-            atomic_write(path, lambda file: write_state(file, copied), self._may_write_here)
+            atomic_write(path, lambda file: write_state(file, copied), self._ask)
             for old in self.names()[GENERATIONS:]:
                 old.unlink(missing_ok=True)
             sync_folder(self.folder)
@@ -296,7 +290,7 @@ class Checkpoints:
             self._error = error
         self.longest_s = max(self.longest_s, time.monotonic() - self._began_s)
 
-    def _may_write_here(self) -> None:
+    def _ask(self) -> None:
         refuse_odd(self.folder, folder=True)
         self._may_write()
 
