@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
-import zlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class _Views:
         self.entries: dict[int, str] = {}  # names by id; the tensors live as long as this does
         self._modules: list[tuple[Registry, str, Any, str]] = []  # also what is None
         self._tensors: list[tuple[Registry, str, Tensor, int, tuple[int, ...], bool, str]] = []
-        self._frozen: list[list[Any]] = []  # name, parameter, version, checksum
+        self._frozen: list[tuple[str, Tensor, bytes]] = []
         self._others: list[tuple[Registry, str, Tensor, str]] = []  # integer buffers, which are copied in and out
         self._lengths: list[tuple[Registry, int, str]] = []
         for prefix, module in model.named_modules():
@@ -75,7 +75,7 @@ class _Views:
             if is_entry(part):
                 self.entries[id(part)] = name
             else:
-                self._frozen.append([name, part, part._version, zlib.crc32(bytes_of(part))])
+                self._frozen.append((name, part, _digest(part)))
         else:
             self._others.append((registry, key, part, name))
 
@@ -109,15 +109,17 @@ class _Views:
         self._check_frozen()
 
     def _check_frozen(self) -> None:
-        for entry in self._frozen:
-            name, tensor, version, checksum = entry
-            if tensor._version != version:
-                if zlib.crc32(bytes_of(tensor)) != checksum:
-                    raise ModelError(
-                        f"training changed {name!r}, which has requires_grad=False and so is never sent: register it as"
-                        " a buffer"
-                    )
-                entry[2] = tensor._version
+        """By value: a write through `.data` leaves no other trace."""
+        for name, tensor, before in self._frozen:
+            if _digest(tensor) != before:
+                raise ModelError(
+                    f"training changed {name!r}, which has requires_grad=False and so is never sent: register it as"
+                    " a buffer"
+                )
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(bytes_of(tensor)).digest()
 
 
 def _replaced(name: str) -> ModelError:

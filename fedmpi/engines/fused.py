@@ -269,10 +269,7 @@ class FusedEngine:
         return torch.cat([means, losses[full:].mean(0)]) if full < len(y) else means
 
     def _num_classes(self, inputs: Tensor) -> int:
-        outputs = inputs[:1]
-        for layer in self._leaves:
-            outputs = layer(outputs)
-        return outputs.shape[1]
+        return nn.Sequential(*self._leaves)(inputs[:1]).shape[1]  # type: ignore[no-any-return]  # any module may be there
 
     def _stack_of(self, n: int) -> Stack:
         return self._stacks(n)

@@ -157,7 +157,7 @@ def test_host_buffer_is_plain_beside_the_cpu_and_pinned_beside_a_gpu(monkeypatch
     asked: dict[str, Any] = {}
     monkeypatch.setattr(torch, "empty", lambda size, **kwargs: asked.update(kwargs))
     device.host_buffer(5, torch.int64, torch.device("cuda:0"))
-    assert asked == {"dtype": torch.int64, "pin_memory": True}
+    assert asked == {"dtype": torch.int64, "device": "cpu", "pin_memory": True}
 
 
 def test_capability(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

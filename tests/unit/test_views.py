@@ -75,6 +75,7 @@ def test_what_stays_in_the_vector_is_fine(act: Callable[[Net], object]) -> None:
         (replace(layer=nn.Linear(4, 4)), "layer"),
         (replace(frozen=nn.Parameter(torch.ones(2), requires_grad=False)), "frozen"),
         (lambda m: m.frozen.mul_(0.9), "frozen"),
+        (lambda m: m.frozen.data.mul_(0.9), "frozen"),
         (lambda m: m.layer.weight.requires_grad_(False), "layer.weight"),
         (lambda m: m.layer.register_parameter("more", nn.Parameter(torch.ones(2))), "layer.more"),
         (lambda m: m.register_buffer("more", torch.ones(2)), "more"),
