@@ -9,6 +9,7 @@ from typing import Any
 from fedmpi.core.files import read_regular
 
 _MOST_BYTES = 2**30
+_MOST_US = 1e16
 
 
 def join_traces(path: Path, trace: str, begun_s: float) -> str:
@@ -35,11 +36,13 @@ def join_traces(path: Path, trace: str, begun_s: float) -> str:
     for event in now:
         if event["name"] == "process_name":
             moved[event["pid"]] = places.setdefault(_host(event), len(places))
+    ended_us = max((event["ts"] + event["dur"] for event in before if event["ph"] == "X"), default=0.0)
+    begun_us = max(begun_s * 1e6, ended_us)  # a job writes on for a moment after its last checkpoint
     known = {_key(event) for event in before if event["ph"] == "M"}
     for event in now:
         event["pid"] = moved[event["pid"]]
         if "ts" in event:
-            event["ts"] += begun_s * 1e6
+            event["ts"] += begun_us
     content["traceEvents"] = before + [event for event in now if event["ph"] != "M" or _key(event) not in known]
     return json.dumps(content)
 
@@ -52,7 +55,9 @@ def _events(content: bytes) -> list[dict[str, Any]]:
                 raise ValueError("event")
             if event["name"] == "process_name":
                 _host(event)
-    except (KeyError, TypeError, RecursionError, UnicodeDecodeError) as error:
+            if event["ph"] == "X" and not all(0 <= float(event[name]) < _MOST_US for name in ("ts", "dur")):
+                raise ValueError("event")
+    except (KeyError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError("event") from error
     return events
 

@@ -433,9 +433,29 @@ def test_a_timeline_goes_on_over_the_lives_of_a_run(run: Any, tmp_path: Path) ->
         job.folder.write_timeline(trace(name, host))
         job.folder.close()
     events = json.loads((tmp_path / "run" / "timeline.json").read_text())["traceEvents"]
-    assert [(event["name"], event["pid"]) for event in events if event["ph"] == "X"] == [
-        ("one", 0),
-        ("two", 0),
-        ("three", 1),
-    ]
+    named = [(event["name"], event["pid"]) for event in events if event["ph"] == "X"]
+    assert named == [("one", 0), ("two", 0), ("three", 1)]
+    begins = [event["ts"] for event in events if event["ph"] == "X"]
+    assert begins == [5.0, 11.0, 17.0], "one after the other, though no checkpoint has counted any time"
     assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["alpha", "beta"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"traceEvents": 3}',
+        '{"traceEvents": [{"name": "a", "ph": "X", "pid": 0, "ts": 1e999, "dur": 0}]}',
+        "9" * 5000,
+        "[" * 5000,
+        '{"traceEvents": [{"name": "a", "ph": "X", "pid": 0, "ts": NaN, "dur": 0}]}',
+    ],
+)
+def test_a_timeline_of_something_else_is_put_aside(run: Any, tmp_path: Path, content: str) -> None:
+    run().begin().folder.close()
+    (tmp_path / "run" / "timeline.json").write_text(content)
+    run().begin().folder.write_timeline('{"traceEvents": []}')
+    assert json.loads((tmp_path / "run" / "timeline.json").read_text()) == {"traceEvents": []}
+    assert (tmp_path / "run" / "timeline.json.other").read_text() == content
