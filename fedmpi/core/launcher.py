@@ -7,6 +7,7 @@ shows it. Only what is alive counts: variables stay behind in shells and travel 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -127,6 +128,28 @@ def in_slurm_task(environ: Mapping[str, str] = os.environ, proc: Path = PROC) ->
         return f"SLURM_TASK_PID={task}".encode() in (proc / task / "environ").read_bytes().split(b"\0")
     except OSError:  # not ours to read: the line of parents has to do
         return True
+
+
+def in_slurm_job(job: str, environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> bool:
+    """Return True if this process runs in Slurm job `job`, whatever variables another job left in the environment.
+
+    It runs there below a task of that job, below one of Slurm's step daemons for it (mpirun's ranks on other nodes, which
+    carry the variables of the batch script), or in a control group of it.
+    """
+    if in_slurm_task(environ, proc):
+        with contextlib.suppress(OSError):
+            task = (proc / environ["SLURM_TASK_PID"] / "environ").read_bytes().split(b"\0")
+            return f"SLURM_JOB_ID={job}".encode() in task
+        return True
+    title = f"slurmstepd: [{job}.".encode()
+    for pid in _lineage(proc):
+        with contextlib.suppress(OSError):
+            if (proc / str(pid) / "cmdline").read_bytes().startswith(title):
+                return True
+    try:
+        return f"/job_{job}/" in (proc / "self" / "cgroup").read_text(errors="replace")
+    except OSError:
+        return False
 
 
 def _refusal(other: Announcement, family: str, environ: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -10,7 +11,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+
+from fedmpi.core.launcher import PROC, in_slurm_job
 
 _SAME_KEY_S = 0.2  # Ctrl-C reaches a rank twice, from the terminal and from the launcher, in one instant
 _SLURM_ANSWERS_S = 10.0
@@ -74,13 +78,18 @@ class Deadline:
         return Deadline(self.at - seconds, self.what)
 
 
-def slurm_deadline(environ: Mapping[str, str]) -> Deadline | None:
-    """The end of the Slurm job that this process runs in, if any. May start a child process: call it before MPI."""
+def slurm_deadline(environ: Mapping[str, str], proc: Path = PROC) -> Deadline | None:
+    """The end of the Slurm job that this process runs in, if any. May start a child process: call it before MPI.
+
+    Variables that another job left behind name no job of this process, and nobody is asked.
+    """
     job = environ.get("SLURM_JOB_ID")
+    if not job or not in_slurm_job(job, environ, proc):
+        return None
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    if job and array and task:  # one task of an array has the array's own number: alone it stands for all tasks
+    if task and job == array:  # one task of an array has the array's own number: alone it stands for all tasks
         job = f"{array}_{task}"
-    left_s = slurm_seconds_left(job, environ) if job else None
+    left_s = slurm_seconds_left(job, environ)
     return None if left_s is None else Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}")
 
 
@@ -103,7 +112,8 @@ def slurm_seconds_left(job: str, environ: Mapping[str, str]) -> float | None:
     if left_s is not None or answer in ("", "UNLIMITED", "NOT_SET"):  # "": a variable left over in this shell
         return left_s
     with contextlib.suppress(KeyError, ValueError):
-        return float(environ["SLURM_JOB_END_TIME"]) - time.time()
+        left_s = float(environ["SLURM_JOB_END_TIME"]) - time.time()
+        return left_s if 0 < left_s < math.inf else None  # a job that still runs is not over: another's variable
     return None
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedmpi.core import launcher
 from fedmpi.core.errors import LaunchError
-from fedmpi.core.launcher import Announcement, announced, check_launcher, in_slurm_task, speaks
+from fedmpi.core.launcher import Announcement, announced, check_launcher, in_slurm_job, in_slurm_task, speaks
 
 MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\nintel cray"
 MPICH_PMIX = "MPICH Version:      4.2.0\nMPICH configure:    --with-pmix=/usr"
@@ -18,7 +18,7 @@ OPEN_MPI_4 = "Open MPI v4.1.6, package: Debian OpenMPI"
 HYDRA = {"PMI_SIZE": "3", "PMI_RANK": "1", "MPI_LOCALNRANKS": "3"}
 PRTE = {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1", "PMIX_NAMESPACE": "prterun-x-1@1"}
 ME = os.getpid()
-STEP = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1"}
+STEP = {"SLURM_JOB_ID": "17", "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1"}
 
 
 def process(proc: Path, pid: int, parent: int, environ: dict[str, str] | None = None, title: str = "bash") -> None:
@@ -164,6 +164,24 @@ def test_a_batch_script_submitted_from_a_step_inherits_but_is_none(step: tuple[d
     process(proc, ME + 2, 1, {}, "slurmstepd: [18.batch]")
     assert in_slurm_task(environ, proc)
     assert announced(environ, proc) == []
+
+
+def test_a_job_is_known_by_its_task_by_its_daemon_and_by_its_control_group(step: tuple[dict[str, str], Path]) -> None:
+    """Ranks of mpirun carry the batch script's variables, also on nodes where the script does not run."""
+    environ, proc = step
+    job = environ["SLURM_JOB_ID"]
+    assert in_slurm_job(job, environ, proc)
+    assert not in_slurm_job(job + "0", environ, proc), "the task was started with another number"
+    elsewhere = environ | {"SLURM_TASK_PID": "99999"}
+    process(proc, ME + 2, 1, {}, f"slurmstepd: [{job}.0]")
+    assert in_slurm_job(job, elsewhere, proc)
+    assert not in_slurm_job(job + "0", elsewhere, proc)
+    process(proc, ME + 2, 1, {}, "hydra_pmi_proxy")
+    assert not in_slurm_job(job, elsewhere, proc)
+    (proc / "self").mkdir()
+    (proc / "self" / "cgroup").write_text(f"0::/system.slice/slurmstepd.scope/job_{job}/step_0/user/task_0\n")
+    assert in_slurm_job(job, elsewhere, proc)
+    assert not in_slurm_job("1", elsewhere, proc)
 
 
 def test_without_a_process_table_there_is_no_slurm(tmp_path: Path) -> None:

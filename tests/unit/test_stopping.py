@@ -74,6 +74,15 @@ def test_slurms_way_to_write_a_time(text: str, seconds: float | None) -> None:
     assert parse_slurm_time(text) == seconds
 
 
+def in_job(folder: Path, job: str = "17") -> Path:
+    """A process table in which this process runs below Slurm's daemon of a step of that job."""
+    for pid, parent, title in ((os.getpid(), 4, "python"), (4, 1, f"slurmstepd: [{job}.0]")):
+        (folder / "proc" / str(pid)).mkdir(parents=True, exist_ok=True)
+        (folder / "proc" / str(pid) / "stat").write_text(f"{pid} (x) S {parent} 1")
+        (folder / "proc" / str(pid) / "cmdline").write_bytes(title.encode() + b"\0")
+    return folder / "proc"
+
+
 def squeue(folder: Path, body: str) -> dict[str, str]:
     (folder / "squeue").write_text(f"#!/bin/sh\n{body}\n")
     (folder / "squeue").chmod(0o755)
@@ -84,7 +93,7 @@ def test_slurm_is_asked_for_the_time_that_is_left(tmp_path: Path, monkeypatch: p
     environ = squeue(tmp_path, 'case "$*" in *--jobs=17*--format=%L*) echo " 1:40" ;; *) exit 1 ;; esac')
     monkeypatch.setenv("PATH", environ["PATH"])
     assert slurm_seconds_left("17", environ) == 100
-    found = slurm_deadline(environ)
+    found = slurm_deadline(environ, in_job(tmp_path))
     assert found is not None
     assert found.what == "the time limit of Slurm job 17"
     assert 95 < found.left_s() <= 100
@@ -92,13 +101,20 @@ def test_slurm_is_asked_for_the_time_that_is_left(tmp_path: Path, monkeypatch: p
 
 
 def test_a_task_of_an_array_asks_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environ = squeue(tmp_path, 'case "$*" in *--jobs=17_3*) echo "1:40" ;; *) echo "1:40"; echo "2:40" ;; esac')
+    answers = '*--jobs=17_3*) echo "1:40" ;; *--jobs=18*) echo "3:20" ;; *) echo "1:40"; echo "2:40" ;;'
+    environ = squeue(tmp_path, f'case "$*" in {answers} esac')
     monkeypatch.setenv("PATH", environ["PATH"])
-    found = slurm_deadline({**environ, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"})
+    environ = {**environ, "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    found = slurm_deadline(environ, in_job(tmp_path))
     assert found is not None
     assert found.what == "the time limit of Slurm job 17_3"
-    several = slurm_deadline({**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
+    del environ["SLURM_ARRAY_TASK_ID"]
+    several = slurm_deadline({**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)}, in_job(tmp_path))
     assert several is not None, "what does not parse is no answer"
+    environ |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "18"}
+    other = slurm_deadline(environ, in_job(tmp_path, "18"))
+    assert other is not None, "the array's variables are another job's"
+    assert other.what == "the time limit of Slurm job 18"
 
 
 def test_the_earlier_of_two_deadlines_counts() -> None:
@@ -111,7 +127,7 @@ def test_the_earlier_of_two_deadlines_counts() -> None:
 def test_a_job_that_is_over_left_its_number_in_this_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environ = squeue(tmp_path, "exit 0") | {"SLURM_JOB_END_TIME": str(time.time() + 5)}
     monkeypatch.setenv("PATH", environ["PATH"])
-    assert slurm_deadline(environ) is None
+    assert slurm_deadline(environ, in_job(tmp_path)) is None
 
 
 @pytest.mark.parametrize("body", ["exit 1", "exec sleep 30", None])
@@ -122,17 +138,22 @@ def test_where_slurm_does_not_answer_the_environment_does(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if body and "sleep" in body else str(tmp_path))
     environ["PATH"] = os.environ["PATH"]
     monkeypatch.setattr(stopping, "_SLURM_ANSWERS_S", 0.5)
-    assert slurm_deadline(environ) is None
+    assert slurm_deadline(environ, in_job(tmp_path)) is None
     left = slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
     assert left is not None
     assert 95 < left <= 100
     assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": "tomorrow"}) is None
+    for end in (time.time() - 100, "nan", "inf", "-inf"):
+        assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(end)}) is None
 
 
-def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_task_of_that_job_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squeue(tmp_path, f"touch {tmp_path}/asked; echo 0:10")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert slurm_deadline({"PATH": os.environ["PATH"]}) is None
+    left_over = {"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": str(time.time() + 5), "SLURM_TASK_PID": "1"}
+    assert slurm_deadline({"PATH": os.environ["PATH"]} | left_over) is None
+    assert slurm_deadline({"PATH": os.environ["PATH"]} | left_over, in_job(tmp_path, "170")) is None, "another job's"
     assert not (tmp_path / "asked").exists()
 
 
