@@ -8,6 +8,11 @@ The parts a script of one's own is made of can be imported from here; each is lo
 
 from __future__ import annotations
 
+from fedmpi.core import interrupt  # the first of all, and cheap
+
+if interrupt.is_own_program():
+    interrupt.end_at_once()
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

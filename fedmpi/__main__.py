@@ -6,6 +6,7 @@ import sys
 
 from fedmpi.core.ending import say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE
+from fedmpi.core.streams import show
 from fedmpi.launch import main
 
 ALGORITHMS = {"fedavg": ("fedmpi.fedavg:FEDAVG", "federated averaging (McMahan et al. 2017)")}
@@ -17,7 +18,7 @@ def _main(argv: list[str]) -> int:
     lines = [f"  {name:10} {text}" for name, (_, text) in ALGORITHMS.items()]
     usage = ["usage: mpirun -n 11 python -m fedmpi ALGORITHM [OPTION ...]", "", *lines]
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write("\n".join([*usage, "", "python -m fedmpi ALGORITHM --help lists its options.", ""]))
+        show(sys.stdout, "\n".join([*usage, "", "python -m fedmpi ALGORITHM --help lists its options.", ""]))
         return EXIT_DONE
     say_error(f"no algorithm {argv[0]!r}; there are: {', '.join(ALGORITHMS)}")
     return EXIT_MISTAKE

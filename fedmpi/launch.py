@@ -15,14 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fedmpi.config import RunConfig
-from fedmpi.core.ending import abort_on_crash, say_error
+from fedmpi.core import interrupt, streams
+from fedmpi.core.ending import abort_on_crash, end_all, say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
 from fedmpi.core.launcher import missing_mpi_advice, speaks
 from fedmpi.core.stopping import Deadline, StopSignals, earlier, process_age_s, slurm_deadline
 from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
-from fedmpi.logs import set_up_logging
+from fedmpi.logs import finish_logging, set_up_logging
 from fedmpi.options import parse
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ T = TypeVar("T")
 
 _OPEN_FILES = 64
 """A rank holds about 30."""
+
+_READ_S = 5.0
+"""At the end: a log of which nobody takes anything for so long is not read."""
 
 
 def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:
@@ -60,6 +64,7 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
 
     def job(net: PackageProcessor, prepared: tuple[RunConfig, Deadline | None]) -> int:
         begun = time.monotonic()
+        signals.catch()  # again: libraries that MPI loads take signals for themselves
         config, slurm = prepared
         set_up_logging(net.rank, config)
         with Watchdog(net, config.stall_timeout) as watchdog:
@@ -86,22 +91,26 @@ def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageP
     Returns:
         The exit code.
     """
+    streams.reserve()
+    interrupt.end_at_once()
     try:
         return _start(argv, prepare, job)
-    except KeyboardInterrupt:  # before MPI started; later `abort_on_crash` sees it first
-        if speaks():
-            say_error("interrupted (Ctrl-C)")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:  # before MPI started
+        return interrupt.leave()
+    finally:
+        finish_logging(_READ_S)
+        streams.settle(_READ_S)
 
 
 def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageProcessor, T], int]) -> int:
     if {"-h", "--help"} & set(argv) and not speaks():
         return EXIT_DONE
     prepared, mistake = None, None
-    try:
-        prepared = prepare()
-    except FedmpiError as error:
-        mistake = error
+    with interrupt.Raising():
+        try:
+            prepared = prepare()
+        except FedmpiError as error:
+            mistake = error
     try:
         from fedmpi.core.comm import PackageProcessor
     except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
@@ -113,6 +122,7 @@ def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Package
     except LaunchError as error:
         return leave(mistake or error)
     set_up_logging(net.rank, None)
+    interrupt.call(lambda: end_all(net, "interrupted (Ctrl-C) before the first round", EXIT_INTERRUPTED))
     with abort_on_crash(net):
         net.agree(mistake)
         assert prepared is not None

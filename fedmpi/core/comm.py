@@ -7,10 +7,8 @@ travels through buffers; the pickled (lower-case) calls of mpi4py serve the set-
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,10 +24,12 @@ from fedmpi.core.collection import Collection, as_bytes, pieces_of
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, MessageCode, Order
 from fedmpi.core.schedule import helping
+from fedmpi.core.streams import settle, tell
 from fedmpi.core.timeline import Span, Timeline
 from fedmpi.core.waiting import Request, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
+os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # else UCX takes SIGHUP for the wish to print megabytes of its own log
 mpi4py.rc.initialize = False  # first see whether the launcher belongs to the library: some pairs die in MPI_Init
 mpi4py.rc.finalize = True
 from mpi4py import MPI  # noqa: E402  # the settings above must come first
@@ -38,6 +38,7 @@ T = TypeVar("T")
 Buffer = TypeVar("Buffer")
 
 _ABORT_S = 3.0
+_FLUSH_S = 1.0  # for what was printed before
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
 
 
@@ -240,8 +241,7 @@ class PackageProcessor(Agreement, Collection):
             speaker[0] = self.rank
             time.sleep(0.01)  # two ranks may claim in the same instant: the later write wins, and both see who
         if speaker[0] == self.rank:
-            with contextlib.suppress(OSError):  # nobody reads any more
-                os.write(2, message.encode(errors="backslashreplace"))
+            tell(message.encode(errors="backslashreplace"), _ABORT_S)
             time.sleep(_FORWARD_S)
             speaker[0] = SAID
         end = time.monotonic() + _ABORT_S
@@ -250,11 +250,12 @@ class PackageProcessor(Agreement, Collection):
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every rank at once; the launcher reports `exit_code`."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed already
-                stream.flush()
+        settle(_FLUSH_S)
         if abort_through_hydra(exit_code):
             time.sleep(_ABORT_S)
+        if self.size == 1:  # there are no others to end, and MPI_Abort would have a line of its own
+            self.over = True
+            os._exit(exit_code)
         self._comm.Abort(exit_code)
         raise AssertionError("MPI_Abort returned")
 

@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from fedmpi.core.errors import EXIT_CRASH, EXIT_INTERRUPTED, FedmpiError
+from fedmpi.core.streams import put
 
 if TYPE_CHECKING:
     from fedmpi.core.comm import PackageProcessor
+
+_READ_S = 3.0
+"""A terminal or pipe that takes nothing for so long is not read."""
 
 
 @contextmanager
@@ -67,10 +71,10 @@ def say_error(message: str) -> None:
     say(f"error: {message}")
 
 
-def say(message: str) -> None:
+def say(message: str, patience_s: float = _READ_S) -> None:
     """The same for what is no error; also from within a signal handler."""
     with contextlib.suppress(OSError):  # nobody reads any more
-        os.write(2, f"fedmpi: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
+        put(2, f"fedmpi: {' '.join(message.split())}\n".encode(errors="backslashreplace"), patience_s)
 
 
 def end_all(net: PackageProcessor, message: str, exit_code: int) -> NoReturn:

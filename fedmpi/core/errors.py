@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from fedmpi.core.interrupt import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_MISTAKE = 2
 EXIT_DIVERGED = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early on purpose, run again to go on
-EXIT_INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 class FedmpiError(Exception):

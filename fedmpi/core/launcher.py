@@ -133,7 +133,7 @@ def in_slurm_task(environ: Mapping[str, str] = os.environ, proc: Path = PROC) ->
 def in_slurm_job(job: str, environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> bool:
     """Return True if this process runs in Slurm job `job`, whatever variables another job left in the environment.
 
-    It runs there below a task of that job, below one of Slurm's step daemons for it (mpirun's ranks on other nodes, which
+    It runs there below a task of that job, below one of Slurm's step daemons for it (ranks of mpirun on other nodes
     carry the variables of the batch script), or in a control group of it.
     """
     if in_slurm_task(environ, proc):

@@ -21,7 +21,7 @@ _SLURM_ANSWERS_S = 10.0
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 set a flag and nothing else; so does SIGINT from `catch_interrupt` on, at its first time.
+    """SIGTERM, SIGUSR1 and SIGHUP set a flag and nothing else; so does SIGINT from `catch_interrupt` on, once.
 
     Attributes:
         received: the signal that asked this process to stop; 0: none.
@@ -29,14 +29,17 @@ class StopSignals:
 
     def __init__(self) -> None:
         """Nothing is caught yet."""
+        self._wishes = [signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: a terminal that closes is no wish
+            self._wishes.append(signal.SIGHUP)
         self.received = 0
         self._say: Callable[[str], None] | None = None
         self._interrupted = 0.0
 
     def catch(self) -> None:
-        """From now on SIGTERM and SIGUSR1 are noted. In the main thread only."""
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGUSR1, self._note)
+        """From now on SIGTERM, SIGUSR1 and, unless it was ignored, SIGHUP are noted. In the main thread only."""
+        for number in self._wishes:
+            signal.signal(number, self._note)
 
     def catch_interrupt(self, say: Callable[[str], None] | None = None) -> None:
         """From now on SIGINT is noted too, and told by `say`; a second one is a KeyboardInterrupt."""

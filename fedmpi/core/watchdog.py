@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fedmpi.core import pulse
+from fedmpi.core import pulse, streams
 from fedmpi.core.ending import end_all
 from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
 from fedmpi.core.messages import SERVER_RANK
@@ -87,7 +87,7 @@ class Watchdog:
         self._awake = 0.0
         self._pause_s = min(1.0, timeout_s / _LOOKS) if timeout_s else 1.0
         self._stop = threading.Event()
-        self._main = threading.main_thread().ident
+        self._main, self._main_id = threading.main_thread().ident, threading.main_thread().native_id
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -144,6 +144,9 @@ class Watchdog:
         steps = pulse.steps()
         silent_s = self._own.look(now if self._net.waits else (steps, self._net.activity), now)
         if silent_s <= self._own.limit_s:
+            return
+        if self._main_id is not None and streams.is_stuck(self._main_id):
+            self._own.forget()  # it prints what nobody reads: a terminal that is stopped is no fault of the job's
             return
         frame = sys._current_frames().get(self._main or 0)
         stack = []

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmpi.config import DataConfig
+from fedmpi.core import interrupt, streams
 from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, FedmpiError, FilesystemError, PartitionError
 from fedmpi.core.files import remove_temps
 from fedmpi.core.lock import FileLock
@@ -24,6 +25,7 @@ from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import manifest_path, write_partition
 from fedmpi.data.sources import data_root, expanded, obtain
+from fedmpi.logs import Stream
 from fedmpi.options import option, parse
 
 PROG = "python -m fedmpi.data.prepare"
@@ -72,16 +74,18 @@ def prepare(config: PrepareConfig) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    streams.reserve()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Stream(sys.stderr)])
     try:
-        text = prepare(parse(PrepareConfig, argv, PROG, "Fetch a data set and write how it is split over clients."))
+        with interrupt.Raising():
+            text = prepare(parse(PrepareConfig, argv, PROG, "Fetch a data set and write how it is split over clients."))
     except FedmpiError as error:
-        sys.stderr.write(f"error: {error}\n")
+        streams.show(sys.stderr, f"error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: what was complete is kept, run it again to go on\n")
+        streams.show(sys.stderr, "interrupted: what was complete is kept, run it again to go on\n")
         return EXIT_INTERRUPTED
-    sys.stdout.write(text + "\n")
+    streams.show(sys.stdout, text + "\n")
     return EXIT_DONE
 
 

@@ -23,10 +23,10 @@ ALLOWED = {
     "machine": {"config", "core"},
     # rooms beside each other
     "report": {"config", "options", "data", "core"},
-    "data": {"config", "options", "core"},
+    "data": {"config", "options", "logs", "core"},
     "engines": {"core"},
     "models": {"core"},
-    "logs": {"config"},
+    "logs": {"config", "core"},
     "config": {"options", "core"},
     "options": {"core"},
     # the machine

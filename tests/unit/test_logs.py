@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from fedmpi.config import RunConfig
-from fedmpi.logs import SUMMARY, set_up_logging
+from fedmpi.logs import SUMMARY, finish_logging, set_up_logging
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +96,72 @@ def test_the_job_goes_on_when_nobody_reads_its_output(
             say_all()
         stream.flush()
     assert capsys.readouterr().err.splitlines() == ["fedmpi: WARNING: careful", "fedmpi: ERROR: wrong"] * 3
+
+
+@contextlib.contextmanager
+def read_late() -> Iterator[Callable[[], list[str]]]:
+    """Standard output is a pipe that nobody reads until what this yields is called, which returns the lines.
+
+    No fixture: pytest sets sys.stdout again when a test begins.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+
+    def read() -> list[str]:
+        text = b""
+        for _ in range(200):
+            finish_logging(0.0)
+            try:
+                text += os.read(reading, 2**20)
+            except BlockingIOError:
+                break
+        return text.decode().splitlines()
+
+    with os.fdopen(writing, "w") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        yield read
+    os.close(reading)
+
+
+def test_a_log_that_nobody_reads_holds_nobody_and_is_whole_once_it_is_read() -> None:
+    with read_late() as read:
+        set_up_logging(0, RunConfig())
+        for i in range(5000):
+            logging.getLogger("fedmpi").info("%s %d", 95 * "x", i)
+        assert [line.split()[1] for line in read()] == [str(i) for i in range(5000)]
+
+
+def test_of_a_log_that_is_never_read_a_bounded_part_is_kept() -> None:
+    with read_late() as read:
+        set_up_logging(0, RunConfig())
+        for i in range(300):
+            logging.getLogger("fedmpi").info("%d %s", i, 10_000 * "x")
+        *lines, last = read()
+    assert 100 < len(lines) < 150
+    assert last == f"({300 - len(lines)} lines of this log are missing: nobody read it)"
+
+
+@pytest.mark.parametrize("what", ["full", "closed", "none"])
+def test_a_log_that_cannot_be_written_is_told_once_and_the_job_goes_on(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="ascii") as stream:  # noqa: PTH123  # no path, a device
+        monkeypatch.setattr(sys, "stdout", None if what == "none" else stream)
+        set_up_logging(0, RunConfig())
+        if what == "closed":
+            stream.close()
+        for _ in range(3):
+            say_all()
+    told = capsys.readouterr().err.splitlines()
+    about = [line for line in told if "the log cannot be written" in line]
+    assert len(about) == (what != "none")
+    assert [line for line in told if line not in about] == ["fedmpi: WARNING: careful", "fedmpi: ERROR: wrong"] * 3
+
+
+def test_where_neither_stream_can_be_written_it_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", encoding="ascii") as stream:  # noqa: PTH123  # as above
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        set_up_logging(0, RunConfig())
+        say_all()
+        finish_logging(0.0)

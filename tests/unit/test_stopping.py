@@ -27,19 +27,32 @@ from fedmpi.core.stopping import (
 
 @pytest.fixture
 def signals() -> Iterator[StopSignals]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    }
     yield StopSignals()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_noted_and_nothing_else(signals: StopSignals, number: signal.Signals) -> None:
     signals.catch()
     assert signals.received == 0
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == number, "the first one is told"
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored() -> None:
+    """`nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = StopSignals()
+    for _ in range(2):
+        signals.catch()
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signals.received == 0
 
 
 def test_ctrl_c_is_noted_once_and_ends_the_job_at_the_second_time(

@@ -118,6 +118,11 @@ def test_a_rank_that_works_or_waits_does_not_hang(net, sign):
     assert watched(net, 1.5, each) == []
 
 
+def test_a_rank_that_prints_what_nobody_reads_does_not_hang(net, monkeypatch):
+    monkeypatch.setattr(watchdog.streams, "is_stuck", lambda thread: thread == threading.main_thread().native_id)
+    assert watched(net, 1.5) == []
+
+
 def test_a_timeout_of_0_is_for_ever(net):
     assert watched(net, 1.5, timeout_s=0) == []
 
