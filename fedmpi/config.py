@@ -22,7 +22,11 @@ class DataConfig:
         "mnist", "data set; digits and synthetic need no network", "Data"
     )
     data_dir: str | None = option(
-        None, "folder that holds the data sets (default: $FEDMPI_DATA, else ~/.cache/fedmpi)", "Data", result=False
+        None,
+        "folder that holds the data sets (default: $FEDMPI_DATA, else ~/.cache/fedmpi)",
+        "Data",
+        result=False,
+        path=True,
     )
     num_clients: int = option(100, "simulated participants the training data is split over", "Data", "[1, inf)")
     partition: Literal["iid", "shards", "dirichlet"] = option(
@@ -45,7 +49,7 @@ class RunConfig(DataConfig):
     """Every option of a training job. An algorithm with more knobs extends it."""
 
     partition_file: str | None = option(
-        None, "pickle {client_id: indices} to use instead of --partition", "Data", result=False
+        None, "pickle {client_id: indices} to use instead of --partition", "Data", result=False, path=True
     )
 
     model: str = option("cnn", "2nn, cnn, cnn_fedlab, logistic, or module:function", "Local training")
@@ -112,7 +116,7 @@ class RunConfig(DataConfig):
         " seen; 0: never", "Survival", "[0, inf)", result=False,
     )  # fmt: skip
     run_dir: str | None = option(
-        None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False
+        None, "folder for what comes out (default: runs/NAME-DATE-TIME)", "Output", result=False, path=True
     )
     cuda_aware: bool = option(
         False, "MPI writes the model straight to a trainer's GPU (only where the MPI library can)", "Machine",

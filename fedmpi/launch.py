@@ -73,7 +73,8 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
             # Slurm's limit is for the end of all processes, which takes no longer than to load them did
             deadline = slurm.less(time.monotonic() - begun) if slurm else None
             if config.max_seconds is not None:
-                own = Deadline(started + config.max_seconds, f"--max-seconds {config.max_seconds:g}")
+                what = f"--max-seconds {config.max_seconds:g}"
+                own = Deadline(started + config.max_seconds, what, "raise --max-seconds")
                 deadline = earlier(own, deadline)
             return run_job(net, algorithm, config, watchdog, signals, deadline)
 

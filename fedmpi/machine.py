@@ -25,6 +25,7 @@ from fedmpi.core.device import (
     trainers_sharing,
     visible_gpus,
 )
+from fedmpi.core.messages import SERVER_RANK
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
     threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
     net.share_cores(len(node), cores)
-    warning = oversubscription_warning(cores, len(node), threads)
+    with_server = net.size > 1 and SERVER_RANK in node
+    warning = oversubscription_warning(cores, len(node) - with_server, threads, with_server)
 
     def open_own() -> torch.device:
         if net.is_server and net.size > 1:

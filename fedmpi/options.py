@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +28,7 @@ PROVENANCE = "provenance"
 """The one YAML key that is no option: `config.yaml` records there what the run was made with; loading skips it."""
 
 
-def option(default: object, text: str, group: str, bounds: str = "", result: bool = True) -> Any:
+def option(default: object, text: str, group: str, bounds: str = "", result: bool = True, path: bool = False) -> Any:
     """A dataclass field that is an option.
 
     Args:
@@ -36,10 +37,10 @@ def option(default: object, text: str, group: str, bounds: str = "", result: boo
         group: heading under which `--help` lists it.
         bounds: the legal interval of a number, e.g. "(0, 1]" or "[1, inf)"; empty: any.
         result: whether the option can change the trained model. Equal `result` options: same bits.
+        path: the value names a file or folder: a `~` at its beginning is the home folder, wherever it is written.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": text, "group": group, "bounds": bounds, "result": result}
-    )
+    metadata = {"help": text, "group": group, "bounds": bounds, "result": result, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
@@ -73,6 +74,8 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
     fields = {name: getattr(values, name) for name in defaults}
     for name, value in fields.items():
         _check_value(name, hints[name], bounds[name], value)
+        if value is not None and cls.__dataclass_fields__[name].metadata["path"]:  # type: ignore[attr-defined]  # a dataclass
+            fields[name] = os.path.expanduser(value)  # noqa: PTH111  # leaves what it does not know
     parsed = cls(**fields)
     for check, arguments in (("check", ()), ("check_given", (frozenset(given),))):
         if hasattr(parsed, check):
@@ -187,7 +190,7 @@ def _read_options(path: str) -> tuple[dict[str, object], bool]:
     Raises:
         ConfigError: it is no file of options; a value is no plain one.
     """
-    values = read_yaml(path)
+    values = read_yaml(os.path.expanduser(path))  # noqa: PTH111  # as above
     if "config" in values:
         raise ConfigError(f"--config {path}: a file cannot name another one (config: {shown(values['config'])})")
     is_record = values.pop(PROVENANCE, None) is not None

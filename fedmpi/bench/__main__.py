@@ -59,7 +59,7 @@ def _run(net: PackageProcessor, prepared: tuple[argparse.Namespace, dict[str, li
         net.agree(ConfigError(f"the floor takes two trainer ranks: mpirun -n 3 or more, got {net.size}"))
     figures = _measure(net, options, starts)
     if net.is_server and options.json:
-        atomic_write(Path(options.json), json.dumps(figures, indent=1).encode())
+        atomic_write(Path(options.json).expanduser(), json.dumps(figures, indent=1).encode())
     return net.leave(EXIT_DONE)
 
 

@@ -72,6 +72,7 @@ class Boundary:
         self._stored_checkpoint_s = 0.0
         self._round_began: float | None = None
         self._rounds = 0
+        self._too_short = False
         self._wanted = ""
         self._kept_at = time.monotonic()
         self._kept_round: int | None = None
@@ -118,6 +119,8 @@ class Boundary:
     @property
     def how_to_go_on(self) -> str:
         """For the user, when a job is stopped."""
+        if self._too_short and self.deadline is not None:
+            return f"{self.deadline.remedy}: the same command would stop here again"
         return self._keeper.how_to_go_on if self._keeper else "nothing was kept"
 
     def stop_because(self) -> str | None:
@@ -130,6 +133,7 @@ class Boundary:
         if self.deadline is None or left_s > self.needed_s():
             self._round_began = time.monotonic()
             return None
+        self._too_short = not self._rounds
         first = "" if self._rounds else "not one round fits: "
         about = f"a round takes about {self.longest_s:.1f} s, " if self.longest_s else ""
         return f"{first}{about}{max(left_s, 0.0):.1f} s are left of {self.deadline.what}"
@@ -168,6 +172,7 @@ class Boundary:
         for_s = time.monotonic() - began
         if self._rounds and for_s <= self.needed_s():
             return None  # it will end in time
+        self._too_short = not self._rounds
         what = "a round takes longer than any before" if self._rounds else "not one round fits: a round takes longer"
         reason = f"{what}, more than {for_s:.1f} s, and {self.deadline.what} is over: {self.how_to_go_on}"
         if self._keeper is not None:

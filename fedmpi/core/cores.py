@@ -49,16 +49,27 @@ def threads_per_trainer(threads: int | str, cores: int, ranks_on_node: int) -> i
     return int(threads) if threads != "auto" else max(1, cores // ranks_on_node)
 
 
-def oversubscription_warning(cores: int, ranks_on_node: int, threads: int) -> str | None:
-    """One line if the ranks of a node want more cores than they have, else None."""
-    if ranks_on_node * threads <= cores:
+def oversubscription_warning(cores: int, num_trainers: int, threads: int, with_server: bool) -> str | None:
+    """One line if the trainers of a node want more cores than they have, else None. The server sleeps while they work.
+
+    Args:
+        cores: `cores_of_node()`.
+        num_trainers: ranks of this node that train.
+        threads: of each of them.
+        with_server: whether a rank that only serves is on this node too.
+    """
+    if num_trainers * threads <= cores or not num_trainers:
         return None
     have = f"{cores} core{'s' if cores != 1 else ''} (affinity, cgroup quota, Slurm)"
-    if ranks_on_node == 1:
-        return f"{threads} threads share {have}: fewer --threads lose nothing"
-    each = f" with {threads} threads each" if threads > 1 else ""
-    fewer = "ranks or --threads" if threads > 1 else "ranks"
-    return f"{ranks_on_node} ranks{each} share {have}: trainers wait for each other; fewer {fewer} lose nothing"
+    if num_trainers == 1:
+        return f"{threads} threads share {have}: use --threads {cores} or less for full speed"
+    most = max(1, cores // threads)
+    fit = f"at most {most} trainer{'s' if most != 1 else ''} ({most + with_server} ranks)"
+    if threads == 1:
+        return f"{num_trainers} trainers share {have}: use {fit} for full speed"
+    if threads > cores:
+        fit = f"--threads {max(1, cores // num_trainers)} or fewer trainers"
+    return f"{num_trainers} trainers with {threads} threads each share {have}: use {fit} for full speed"
 
 
 def slurm_allocation(environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> int | None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -67,10 +67,12 @@ class Deadline:
     Attributes:
         at: by `time.monotonic`, which no change of the clock moves.
         what: whose limit it is, for messages.
+        remedy: what to do where it leaves no time for a round.
     """
 
     at: float
     what: str
+    remedy: str = "give it more time"
 
     def left_s(self) -> float:
         """Seconds until then."""
@@ -78,7 +80,7 @@ class Deadline:
 
     def less(self, seconds: float) -> Deadline:
         """So much earlier."""
-        return Deadline(self.at - seconds, self.what)
+        return replace(self, at=self.at - seconds)
 
 
 def slurm_deadline(environ: Mapping[str, str], proc: Path = PROC) -> Deadline | None:
@@ -93,7 +95,9 @@ def slurm_deadline(environ: Mapping[str, str], proc: Path = PROC) -> Deadline | 
     if task and job == array:  # one task of an array has the array's own number: alone it stands for all tasks
         job = f"{array}_{task}"
     left_s = slurm_seconds_left(job, environ)
-    return None if left_s is None else Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}")
+    if left_s is None:
+        return None
+    return Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}", "give the job more time (--time)")
 
 
 def earlier(*deadlines: Deadline | None) -> Deadline | None:

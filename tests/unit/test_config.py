@@ -462,3 +462,27 @@ def test_import_of_the_package_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
+PATHS = ["data_dir", "partition_file", "run_dir"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("how", ["--{}=~/x", "--{} ~/x", "yaml"])
+def test_a_tilde_is_the_home_folder_in_every_option_that_names_a_path(
+    name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave `--run-dir=~/x` as it is, and no shell reads YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text(f"{name}: ~/x\n")
+    words = ["--config=~/a.yaml"] if how == "yaml" else how.format(name.replace("_", "-")).split()
+    assert getattr(parse(RunConfig, words, "prog", ""), name) == str(tmp_path / "x")
+
+
+def test_every_option_that_names_a_path_is_known_as_one() -> None:
+    for f in dataclasses.fields(RunConfig):
+        assert f.metadata["path"] == (f.name in PATHS), f.name
+
+
+def test_a_home_folder_that_nobody_knows_is_left_as_it_is() -> None:
+    assert parse(RunConfig, ["--run-dir=~nobody-here/x"], "prog", "").run_dir == "~nobody-here/x"

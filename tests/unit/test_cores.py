@@ -126,19 +126,30 @@ def test_threads_per_trainer() -> None:
     assert cores.threads_per_trainer("auto", 1, 3) == 1
 
 
-def test_oversubscription_warning() -> None:
-    assert cores.oversubscription_warning(4, 4, 1) is None
-    assert cores.oversubscription_warning(4, 2, 2) is None
-    three = cores.oversubscription_warning(1, 3, 1)
-    assert three is not None
-    assert three.startswith("3 ranks share 1 core (")
-    threads = cores.oversubscription_warning(4, 3, 2)
-    assert threads is not None
-    assert threads.startswith("3 ranks with 2 threads each share 4 cores (")
-    alone = cores.oversubscription_warning(2, 1, 4)
-    assert alone is not None
-    assert alone.startswith("4 threads share 2 cores (")
-    assert "\n" not in three + threads + alone
+HAVE = "(affinity, cgroup quota, Slurm): use"
+
+
+@pytest.mark.parametrize(
+    ("cores_here", "num_trainers", "threads", "with_server", "said"),
+    [
+        (2, 2, 1, True, None),  # README's mpirun -n 3 on two cores: the server sleeps
+        (4, 2, 2, True, None),
+        (1, 0, 1, True, None),
+        (1, 1, 1, True, None),
+        (2, 10, 1, True, f"10 trainers share 2 cores {HAVE} at most 2 trainers (3 ranks) for full speed"),
+        (1, 2, 1, True, f"2 trainers share 1 core {HAVE} at most 1 trainer (2 ranks) for full speed"),
+        (4, 5, 1, False, f"5 trainers share 4 cores {HAVE} at most 4 trainers (4 ranks) for full speed"),
+        (4, 3, 2, True, f"3 trainers with 2 threads each share 4 cores {HAVE} "
+         "at most 2 trainers (3 ranks) for full speed"),
+        (4, 2, 8, True, f"2 trainers with 8 threads each share 4 cores {HAVE} "
+         "--threads 2 or fewer trainers for full speed"),
+        (2, 1, 4, False, f"4 threads share 2 cores {HAVE} --threads 2 or less for full speed"),
+    ],
+)  # fmt: skip
+def test_trainers_that_share_cores_are_counted_without_the_server(
+    cores_here: int, num_trainers: int, threads: int, with_server: bool, said: str | None
+) -> None:
+    assert cores.oversubscription_warning(cores_here, num_trainers, threads, with_server) == said
 
 
 def test_a_left_over_slurm_allocation_changes_nothing() -> None:

@@ -282,24 +282,27 @@ def test_the_margin_is_the_longest_round_seen(clock: Clock) -> None:
 
 
 def test_a_time_that_is_shorter_than_a_round_says_so(clock: Clock) -> None:
-    between = Boundary(deadline=Deadline(clock.now + 30, "the time limit of Slurm job 5"))
+    between = Boundary(Disk(), deadline=Deadline(clock.now + 30, "the time limit of Slurm job 5", "more time"))
     assert between.stop_because() is None, "nothing is known yet"
+    assert between.how_to_go_on == "run it again"
     between.longest_s = 50.0  # from the checkpoint
     assert between.stop_because() == (
         "not one round fits: a round takes about 50.0 s, 30.0 s are left of the time limit of Slurm job 5"
     )
+    assert between.how_to_go_on == "more time: the same command would stop here again"
 
 
 def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clock) -> None:
     disk = Disk()
-    between = Boundary(disk, deadline=Deadline(clock.now + 100, "--max-seconds 100"))
+    between = Boundary(disk, deadline=Deadline(clock.now + 100, "--max-seconds 100", "raise --max-seconds"))
     assert between.overdue(2.0) is None, "no round is under way"
     assert between.stop_because() is None
     clock.now += 97
     assert between.overdue(2.0) is None
     clock.now += 1.5
     assert between.overdue(2.0) == (
-        "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: run it again"
+        "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: "
+        "raise --max-seconds: the same command would stop here again"
     )
     assert disk.noted == between.overdue(2.0)
     between.after_round(1, 98.5, lambda: {"rounds": 1})
