@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
     from fedmpi.core.manager import NetworkManager
     from fedmpi.core.messages import MessageCode
+    from fedmpi.core.pulse import beat
     from fedmpi.core.server_manager import ServerManager
     from fedmpi.core.trainer import ClientSGDTrainer, ClientTrainer
     from fedmpi.core.vector import SerializationTool
@@ -45,6 +46,7 @@ _HOME = {
     "ServerManager": "core.server_manager",
     "SyncParameterServerHandler": "core.handler",
     "abort_on_crash": "core.ending",
+    "beat": "core.pulse",
     "load_dict": "data.partition_file",
     "noniid_slicing": "data.partition",
     "random_slicing": "data.partition",
@@ -64,6 +66,7 @@ __all__ = [
     "ServerManager",
     "SyncParameterServerHandler",
     "abort_on_crash",
+    "beat",
     "load_dict",
     "noniid_slicing",
     "random_slicing",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
+from fedmpi.core import pulse
 from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Evaluator
@@ -71,6 +72,7 @@ class ClientPassiveManager(NetworkManager):
 
     def setup(self) -> None:
         """Collective. Compare models; tell the server the sample counts of a share of the clients."""
+        pulse.watch(self.trainer.model)
         self._check_same(self.trainer.model, self.trainer.device)
         num_clients = self.net.max_of(0)
         self.trainer.seed = self.net.max_of(0)

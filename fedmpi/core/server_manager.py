@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmpi.core import pulse
 from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.clock import RoundClock
@@ -96,6 +97,8 @@ class ServerManager(NetworkManager):
 
     def setup(self) -> None:
         """Collective. Compare models; learn the sample count of every client."""
+        for model in (self.handler.model, *([self.local.trainer.model] if self.local else [])):
+            pulse.watch(model)
         self._check_same(self.handler.model, self.local.trainer.device if self.local else None)
         num_clients = self.net.max_of(self.handler.num_clients)
         seed = self.net.max_of(self.handler.seed)

@@ -84,7 +84,7 @@ class Watchdog:
         self._boundary: Boundary | None = None
         self._timeout_s = timeout_s
         self._begin(max(timeout_s, _SET_UP_S))
-        self._awake = 0.0
+        self._awake = self._looked = 0.0
         self._pause_s = min(1.0, timeout_s / _LOOKS) if timeout_s else 1.0
         self._stop = threading.Event()
         self._main, self._main_id = threading.main_thread().ident, threading.main_thread().native_id
@@ -141,6 +141,10 @@ class Watchdog:
         self._net.board.show(f"{self._net.activity or 'starting'}, {pulse.steps()} steps so far")
 
     def _check_own(self, now: float) -> None:
+        silent_s = self._own.look(now if self._net.waits else (pulse.steps(), self._net.activity), now)
+        if silent_s > self._own.limit_s / 4 and now - self._looked > self._own.limit_s / _LOOKS:
+            self._looked = now
+            pulse.look()  # nobody counts the steps of a user's own loop; to look costs a pass over the model
         steps = pulse.steps()
         silent_s = self._own.look(now if self._net.waits else (steps, self._net.activity), now)
         if silent_s <= self._own.limit_s:

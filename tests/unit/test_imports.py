@@ -178,7 +178,7 @@ def test_mpi_and_torch_do_not_meet_below_the_managers() -> None:
 
 def test_torch_is_loaded_with_these_modules_only() -> None:
     assert importers("/torch", "top") == TORCH
-    assert importers("/torch", "late") == {"core.device", "core.seeding"}
+    assert importers("/torch", "late") == {"core.device", "core.pulse", "core.seeding"}
 
 
 @pytest.mark.parametrize("module", ["__init__", "__main__", "config", "launch", "logs", "data.sources", "data.prepare"])

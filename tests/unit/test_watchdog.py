@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fedmpi.core import pulse, watchdog
 from fedmpi.core.board import NOBODY, Board, board_bytes
@@ -116,6 +117,46 @@ def test_a_rank_that_works_or_waits_does_not_hang(net, sign):
 
     net.waits = sign == "waits"
     assert watched(net, 1.5, each) == []
+
+
+def by_optimizer(model):
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1)  # of a model that nobody watches
+    return optimizer.step
+
+
+def by_hand(model):
+    def step():
+        with torch.no_grad():
+            model.weight -= 0.1
+
+    return step
+
+
+def by_data(model):
+    return lambda: model.weight.data.mul_(0.5)
+
+
+def by_gradients(model):
+    return lambda: model(torch.ones(1, 3)).sum().backward()  # accumulated, no step yet
+
+
+def by_buffers(model):
+    return lambda: model.count.add_(1)
+
+
+@pytest.mark.parametrize("how", [by_optimizer, by_hand, by_data, by_gradients, by_buffers])
+def test_a_users_own_loop_that_calls_nothing_of_ours_does_not_hang(net, how):
+    model = torch.nn.Linear(3, 2)
+    model.register_buffer("count", torch.zeros(1))
+    pulse.watch(model)
+    assert watched(net, 1.5, how(model)) == []
+
+
+def test_a_model_that_is_watched_and_stays_as_it_is_is_no_sign_of_life(net):
+    model = torch.nn.Linear(3, 2)
+    pulse.watch(model)
+    ((message, _),) = watched(net, 20)[:1]
+    assert message.startswith("has made no progress for ")
 
 
 def test_a_rank_that_prints_what_nobody_reads_does_not_hang(net, monkeypatch):
