@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedmpi.core.vector import SerializationTool
     from fedmpi.data.partition import noniid_slicing, random_slicing
     from fedmpi.data.partition_file import load_dict, save_dict
+    from fedmpi.embedded import Run, run
 
 _HOME = {
     "Aggregators": "core.aggregate",
@@ -42,6 +43,7 @@ _HOME = {
     "NetworkManager": "core.manager",
     "PackageProcessor": "core.comm",
     "ParameterServerBackendHandler": "core.handler",
+    "Run": "embedded",
     "SerializationTool": "core.vector",
     "ServerManager": "core.server_manager",
     "SyncParameterServerHandler": "core.handler",
@@ -50,6 +52,7 @@ _HOME = {
     "load_dict": "data.partition_file",
     "noniid_slicing": "data.partition",
     "random_slicing": "data.partition",
+    "run": "embedded",
     "save_dict": "data.partition_file",
 }
 
@@ -62,6 +65,7 @@ __all__ = [
     "NetworkManager",
     "PackageProcessor",
     "ParameterServerBackendHandler",
+    "Run",
     "SerializationTool",
     "ServerManager",
     "SyncParameterServerHandler",
@@ -70,6 +74,7 @@ __all__ = [
     "load_dict",
     "noniid_slicing",
     "random_slicing",
+    "run",
     "save_dict",
 ]
 

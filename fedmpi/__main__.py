@@ -7,9 +7,7 @@ import sys
 from fedmpi.core.ending import say_error
 from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE
 from fedmpi.core.streams import show
-from fedmpi.launch import main
-
-ALGORITHMS = {"fedavg": ("fedmpi.fedavg:FEDAVG", "federated averaging (McMahan et al. 2017)")}
+from fedmpi.launch import ALGORITHMS, main
 
 
 def _main(argv: list[str]) -> int:

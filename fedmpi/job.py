@@ -21,7 +21,7 @@ from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.comm import PackageProcessor, library_version
 from fedmpi.core.ending import say
-from fedmpi.core.errors import EXIT_DONE
+from fedmpi.core.errors import EXIT_DONE, FedmpiError
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.layout import memory_format_of
@@ -87,26 +87,40 @@ class Halves:
         return half.model
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a job.
+
+    Attributes:
+        exit_code: the same on every rank.
+        folder: of the run; on the server only, as what follows.
+        model_hash: of the global model, finished or not.
+        failure: why the run diverged, if it did.
+    """
+
+    exit_code: int
+    folder: Path | None = None
+    model_hash: str = ""
+    failure: FedmpiError | None = None
+
+
 def run_job(
     net: PackageProcessor,
     algorithm: str,
     config: RunConfig,
-    watchdog: Watchdog,
+    watchdog: Watchdog | None,
     signals: StopSignals | None = None,
     deadline: Deadline | None = None,
-) -> int:
+) -> Outcome:
     """Collective. Train as `config` says.
 
     Args:
         net: this rank's end of the communicator.
         algorithm: "module:NAME" of an `Algorithm`.
         config: its options, the same on every rank.
-        watchdog: of this rank, which has begun.
+        watchdog: of this rank, which has begun; None: nobody watches.
         signals: of this process, which end the job early.
         deadline: the end of the job's time, as rank 0 knows it.
-
-    Returns:
-        The exit code, the same on every rank.
 
     Raises:
         FedmpiError: a mistake of the user's, on every rank alike.
@@ -121,7 +135,7 @@ def run_job(
     folder = net.on_root(lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
     try:
         if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
-            return EXIT_DONE
+            return outcome_of(EXIT_DONE, folder, halves.handler)
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
         functions: dict[str, list[object]] = {
@@ -175,19 +189,34 @@ def run_job(
             net.timeline.begin()
         if signals is not None:
             signals.catch_interrupt(say if net.is_server else None)
-        watchdog.begin_rounds(boundary if net.is_server else None)
+        if watchdog is not None:
+            watchdog.begin_rounds(boundary if net.is_server else None)
         code = manager.run()
-        watchdog.stop()
+        if watchdog is not None:
+            watchdog.stop()
         if config.timeline:
             spans = net.gather_timeline()
             net.on_root(lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
-        if halves.handler is not None and folder is not None and code == EXIT_DONE:
-            model_hash = vector_hash(halves.handler.model.state_dict())
-            logger.log(SUMMARY, "%s", progress.summary(model_hash, folder.path))
-        return code
+        failure = manager.failure if isinstance(manager, ServerManager) else None
+        outcome = outcome_of(code, folder, halves.handler, failure)
+        if folder is not None and code == EXIT_DONE:
+            logger.log(SUMMARY, "%s", progress.summary(outcome.model_hash, folder.path))
+        return outcome
     finally:
         if folder is not None:
             folder.close()
+
+
+def outcome_of(
+    code: int,
+    folder: RunFolder | None,
+    handler: SyncParameterServerHandler | None,
+    failure: FedmpiError | None = None,
+) -> Outcome:
+    """The outcome as this rank knows it."""
+    if folder is None or handler is None:
+        return Outcome(code)
+    return Outcome(code, folder.path, vector_hash(handler.model.state_dict()), failure)
 
 
 def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None, rounds: int) -> bool:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ALGORITHMS = {"fedavg": ("fedmpi.fedavg:FEDAVG", "federated averaging (McMahan et al. 2017)")}
+"""Name -> "module:NAME" of an `Algorithm`, and one line about it."""
+
 _OPEN_FILES = 64
 """A rank holds about 30."""
 
@@ -59,7 +62,7 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
         config = parse(
             config_class, words, f"python -m {module}", f"{module}: one federated training run as one MPI job"
         )
-        _before_mpi(config)
+        before_mpi(config)
         return config, slurm_deadline(os.environ) if speaks() else None
 
     def job(net: PackageProcessor, prepared: tuple[RunConfig, Deadline | None]) -> int:
@@ -76,7 +79,7 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
                 what = f"--max-seconds {config.max_seconds:g}"
                 own = Deadline(started + config.max_seconds, what, "raise --max-seconds")
                 deadline = earlier(own, deadline)
-            return run_job(net, algorithm, config, watchdog, signals, deadline)
+            return run_job(net, algorithm, config, watchdog, signals, deadline).exit_code
 
     return start(words, prepare, job)
 
@@ -113,13 +116,7 @@ def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Package
         except FedmpiError as error:
             mistake = error
     try:
-        from fedmpi.core.comm import PackageProcessor
-    except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
-        if "mpi" not in str(error).lower():
-            raise
-        return leave(mistake or LaunchError(missing_mpi_advice()))
-    try:
-        net = PackageProcessor()
+        net = connect()
     except LaunchError as error:
         return leave(mistake or error)
     set_up_logging(net.rank, None)
@@ -129,6 +126,21 @@ def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Package
         assert prepared is not None
         return job(net, prepared)
     raise AssertionError("abort_on_crash does not return after a crash")
+
+
+def connect() -> PackageProcessor:
+    """Collective if started by mpirun. Start MPI, unless it is started; this rank's end of the communicator.
+
+    Raises:
+        LaunchError: no MPI library is there, or it does not belong to the launcher.
+    """
+    try:
+        from fedmpi.core.comm import PackageProcessor
+    except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
+        if "mpi" not in str(error).lower():
+            raise
+        raise LaunchError(missing_mpi_advice()) from error
+    return PackageProcessor()
 
 
 def leave(error: FedmpiError) -> int:
@@ -142,7 +154,7 @@ def leave(error: FedmpiError) -> int:
     return EXIT_MISTAKE
 
 
-def _before_mpi(config: RunConfig) -> None:
+def before_mpi(config: RunConfig) -> None:
     """What must be known, or done, before MPI starts."""
     _allow_open_files()
     check_partition_options(config)

@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 from collections import deque
+from collections.abc import Iterator
 from typing import TextIO
 
 from fedmpi.config import RunConfig
@@ -19,9 +20,15 @@ _KEPT_BYTES = 2**20
 """So much is kept of a log that nobody reads, until somebody does."""
 
 
-def set_up_logging(rank: int, config: RunConfig | None) -> None:
-    """Rank 0 logs to standard output, warnings to standard error; other ranks only warnings, with their rank before."""
-    for stream in (sys.stdout, sys.stderr):
+def set_up_logging(rank: int, config: RunConfig | None, own: bool = True) -> None:
+    """Rank 0 logs to standard output, warnings to standard error; other ranks only warnings, with their rank before.
+
+    Args:
+        rank: this process.
+        config: `verbose` and `quiet`; None: not known yet.
+        own: whether this program is ours; another one's streams are written to and left as they are.
+    """
+    for stream in (sys.stdout, sys.stderr) if own else ():
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     level = logging.INFO if rank == 0 else logging.WARNING
@@ -33,13 +40,25 @@ def set_up_logging(rank: int, config: RunConfig | None) -> None:
     root.setLevel(level)
     root.propagate = False
     prefix = "" if rank == 0 else f"[r{rank}] "
-    news, trouble = Stream(sys.stdout), Stream(sys.stderr)
+    news, trouble = Stream(sys.stdout, own), Stream(sys.stderr, own)
     news.addFilter(lambda record: record.levelno < logging.WARNING)
     trouble.setLevel(logging.WARNING)
     news.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     trouble.setFormatter(logging.Formatter(f"{prefix}fedmpi: %(levelname)s: %(message)s"))
     news.other, trouble.other = trouble, news
     root.handlers = [news, trouble]
+
+
+@contextlib.contextmanager
+def kept_logging() -> Iterator[None]:
+    """Within, `set_up_logging` may be called; then the package logs as it did before."""
+    root = logging.getLogger("fedmpi")
+    level, propagate, handlers = root.level, root.propagate, root.handlers
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.propagate, root.handlers = propagate, handlers
 
 
 def finish_logging(patience_s: float) -> None:
@@ -59,9 +78,10 @@ class Stream(logging.Handler):
         other: where to say once that this stream cannot be written.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        """Over `stream`; None: it was closed before Python started."""
+    def __init__(self, stream: TextIO | None, own: bool = True) -> None:
+        """Over `stream`; None: it was closed before Python started. `own`: what a reader that left misses is ours."""
         super().__init__()
+        self._own = own
         self.other: Stream | None = None
         self._stream = stream
         self._kept: deque[bytes] = deque()
@@ -126,7 +146,7 @@ class Stream(logging.Handler):
         self._kept.clear()
         self._num_kept = 0
         if isinstance(error, BrokenPipeError):
-            if self._descriptor is not None:
+            if self._descriptor is not None and self._own:
                 drop(self._descriptor)
         elif not self._told and self.other is not None:
             self._told = self.other._told = True

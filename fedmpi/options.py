@@ -43,8 +43,12 @@ def option(default: object, text: str, group: str, bounds: str = "", result: boo
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
+def parse(
+    cls: type[C], argv: Sequence[str], prog: str, description: str, given: Mapping[str, object] | None = None
+) -> C:
     """`argv` (without the program's name) as a `cls`; flags win over `--config FILE.yaml`, which wins over defaults.
+
+    `given`: values by option name, of a caller in Python; they win over the file.
 
     Raises:
         ConfigError: one line that names option, value and what is wanted.
@@ -56,13 +60,14 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
     _check_words(argv)
     argv = list(argv)
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
-    config, given = {}, set()
+    config, named = {}, set(given or {})
     for path in _pop_config(argv):
         content, is_record = _read_options(path)
         config.update(content)
         # a record of ours lists every option, also those that nobody gave
-        given |= {name for name, value in content.items() if not is_record or value != defaults.get(name)}
-    given |= {name for name in defaults for word in argv if f"{word}=".startswith(f"{flag_of(name)}=")}
+        named |= {name for name, value in content.items() if not is_record or value != defaults.get(name)}
+    named |= {name for name in defaults for word in argv if f"{word}=".startswith(f"{flag_of(name)}=")}
+    config.update(given or {})
     hints = get_type_hints(cls)
     bounds = {f.name: f.metadata["bounds"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # as above
     _check_plain(config, {name: _wanted(hints[name], bounds[name]) for name in defaults})
@@ -77,7 +82,7 @@ def parse(cls: type[C], argv: Sequence[str], prog: str, description: str) -> C:
         if value is not None and cls.__dataclass_fields__[name].metadata["path"]:  # type: ignore[attr-defined]  # a dataclass
             fields[name] = os.path.expanduser(value)  # noqa: PTH111  # leaves what it does not know
     parsed = cls(**fields)
-    for check, arguments in (("check", ()), ("check_given", (frozenset(given),))):
+    for check, arguments in (("check", ()), ("check_given", (frozenset(named),))):
         if hasattr(parsed, check):
             getattr(parsed, check)(*arguments)
     return parsed

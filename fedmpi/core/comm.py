@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedmpi.core.agreement import Agreement
 from fedmpi.core.board import NOBODY, SAID, Board, board_bytes
 from fedmpi.core.collection import Collection, as_bytes, pieces_of
+from fedmpi.core.errors import LaunchError
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, MessageCode, Order
 from fedmpi.core.schedule import helping
@@ -66,12 +67,14 @@ class PackageProcessor(Agreement, Collection):
         Raises:
             LaunchError: this process was started by the launcher of another MPI library.
         """
+        if MPI.Is_finalized():
+            raise LaunchError("MPI is finalized in this process and cannot start again: start another process")
         library = MPI.Get_library_version()
         if not MPI.Is_initialized():
             check_launcher(library, None)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, on what is checked and refused below
-                MPI.Init_thread(MPI.THREAD_FUNNELED)  # only the main thread talks to MPI
+                MPI.Init_thread(MPI.THREAD_SERIALIZED)  # one thread talks to MPI, not always the main one
         check_launcher(library, MPI.COMM_WORLD.Get_size())
         self._comm = (comm or MPI.COMM_WORLD).Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -229,10 +232,18 @@ class PackageProcessor(Agreement, Collection):
         """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""
         self.over = True
         self.close_line()
-        if exit_code:
+        if exit_code and self.size > 1:
             self.barrier()  # the message is out before a launcher sees the first exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it at the first code, and would report 143
         return exit_code
+
+    def close(self) -> None:
+        """Collective. Give back what this end holds; MPI goes on."""
+        if self._counter is not None:
+            self._counter.Unlock_all()
+            self._counter.Free()
+        self._window.Free()
+        self._comm.Free()
 
     def last_words(self, message: str) -> None:
         """Say why the job ends, unless another rank of this node does; returns once it is said. Sends nothing."""

@@ -95,6 +95,11 @@ class ServerManager(NetworkManager):
         self._last_good: dict[str, Any] | None = None
         self._clock = RoundClock(net)
 
+    @property
+    def failure(self) -> FedmpiError | None:
+        """What ended the run, if it diverged."""
+        return self._failure
+
     def setup(self) -> None:
         """Collective. Compare models; learn the sample count of every client."""
         for model in (self.handler.model, *([self.local.trainer.model] if self.local else [])):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fedmpi.core.launcher import PROC, in_slurm_job
 
@@ -33,18 +34,29 @@ class StopSignals:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: a terminal that closes is no wish
             self._wishes.append(signal.SIGHUP)
         self.received = 0
+        self._before: dict[int, Any] = {}
         self._say: Callable[[str], None] | None = None
         self._interrupted = 0.0
 
     def catch(self) -> None:
         """From now on SIGTERM, SIGUSR1 and, unless it was ignored, SIGHUP are noted. In the main thread only."""
         for number in self._wishes:
-            signal.signal(number, self._note)
+            self._set(number, self._note)
 
     def catch_interrupt(self, say: Callable[[str], None] | None = None) -> None:
         """From now on SIGINT is noted too, and told by `say`; a second one is a KeyboardInterrupt."""
         self._say = say
-        signal.signal(signal.SIGINT, self._interrupt)
+        self._set(signal.SIGINT, self._interrupt)
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _set(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+        self._before.setdefault(number, signal.getsignal(number))
+        signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or number

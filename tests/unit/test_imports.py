@@ -18,6 +18,7 @@ ALLOWED = {
     "bench": {"launch", "fedavg", "job", "machine", "config", "data", "logs", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
+    "embedded": {"launch", "job", "config", "options", "logs", "report", "core"},
     "launch": {"job", "config", "options", "data", "logs", "core"},
     "job": {"config", "options", "data", "models", "report", "logs", "machine", "core", "__init__"},
     "machine": {"config", "core"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "core": set(),
     # FedLab's names, and the door: loads any of these when first asked for
     "fedlab": {"__init__"},
-    "__init__": {"core", "data"},
+    "__init__": {"core", "data", "embedded"},
 }
 
 MPI = {"core.comm"}
@@ -45,6 +46,7 @@ MEETS_MPI = {
     "core.clock",
     "core.manager",
     "core.server_manager",
+    "embedded",
     "job",
     "launch",
     "machine",

@@ -1,0 +1,201 @@
+"""A run inside another program: `fedmpi.run(dataset="digits", model="2nn")` in a notebook, or a search over options.
+
+The program goes on in any case: what is wrong is raised, and signal handlers, logging, random generators and torch's
+settings are put back. One process is one rank; under `mpirun` all ranks call `run` alike, and a crash of one ends all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmpi.config import RunConfig
+from fedmpi.core.ending import abort_on_crash
+from fedmpi.core.errors import ConfigError, FedmpiError, LaunchError
+from fedmpi.core.launcher import announced, speaks
+from fedmpi.core.stopping import Deadline, StopSignals, earlier, slurm_deadline
+from fedmpi.core.watchdog import Watchdog
+from fedmpi.launch import ALGORITHMS, before_mpi, connect
+from fedmpi.logs import finish_logging, kept_logging, set_up_logging
+from fedmpi.options import parse
+
+if TYPE_CHECKING:
+    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.job import Outcome
+
+_busy = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        history: one dict per round, as in history.jsonl.
+        model_hash: of the global model.
+        folder: of the run; model.pt is there if the run is finished.
+        exit_code: 0: finished; 75: stopped early, the same call goes on with the same `run_dir`.
+    """
+
+    history: list[dict[str, Any]]
+    model_hash: str
+    folder: Path
+    exit_code: int
+
+
+def run(algorithm: str = "fedavg", config_class: type[RunConfig] = RunConfig, /, **options: object) -> Run:
+    """Train, and return what came out. Collective under mpirun.
+
+    A signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) stops the run after the round at hand and its checkpoint, then goes to
+    the program's own handler: Ctrl-C is a KeyboardInterrupt, at once when it is pressed again. Outside the main thread
+    no signal is caught. A lone rank has no watchdog.
+
+    Args:
+        algorithm: a name that `python -m fedmpi` lists, or "module:NAME" of an `Algorithm`.
+        config_class: its options.
+        **options: as on the command line, with underscores: `client_lr=0.05`. `config="run.yaml"` reads a file.
+
+    Raises:
+        FedmpiError: a mistake in options, data or launch, or a run that diverged.
+        Exception: that of the user's own code.
+    """
+    if not _busy.acquire(blocking=False):
+        raise LaunchError("another fedmpi.run is under way in this process: wait until it has ended")
+    signals = StopSignals() if threading.current_thread() is threading.main_thread() else None
+    try:
+        with kept_logging():
+            done = _run(algorithm, config_class, options, signals)
+    finally:
+        _busy.release()
+        if signals is not None:
+            signals.restore()
+    if signals is not None and signals.received:
+        signal.raise_signal(signals.received)
+    return done
+
+
+def _run(algorithm: str, config_class: type[RunConfig], options: dict[str, object], signals: StopSignals | None) -> Run:
+    started = time.monotonic()
+    if signals is not None:
+        signals.catch()
+    prepared, mistake = None, None
+    try:
+        recipe = _recipe(algorithm)
+        config = parse(config_class, _file_of(options), "fedmpi.run", "", _plain(options))
+        set_up_logging(0, config, own=False)
+        before_mpi(config)
+        prepared = recipe, config, slurm_deadline(os.environ) if speaks() else None
+    except FedmpiError as error:
+        mistake = error
+    if mistake is not None and not any(one.size > 1 for one in announced()):
+        raise mistake
+    net = connect()
+    if net.size == 1:
+        try:
+            assert prepared is not None
+            return _train(net, *prepared, signals, started)
+        finally:
+            net.close()
+    with abort_on_crash(net):
+        try:
+            net.agree(mistake)
+            assert prepared is not None
+            done = _train(net, *prepared, signals, started)
+            net.close()
+            return done
+        except FedmpiError as error:
+            if not error.everywhere:
+                raise
+            mistake = error
+    assert mistake is not None
+    raise mistake
+
+
+def _train(
+    net: PackageProcessor,
+    recipe: str,
+    config: RunConfig,
+    slurm: Deadline | None,
+    signals: StopSignals | None,
+    started: float,
+) -> Run:
+    """Collective. The run, on every rank."""
+    from fedmpi.job import run_job
+
+    set_up_logging(net.rank, config, own=False)
+    deadline = slurm
+    if config.max_seconds is not None:
+        what = f"--max-seconds {config.max_seconds:g}"
+        deadline = earlier(slurm, Deadline(started + config.max_seconds, what, "raise --max-seconds"))
+    with ExitStack() as stack:
+        stack.enter_context(_kept_torch())
+        stack.callback(finish_logging, 0.0)
+        watchdog = stack.enter_context(Watchdog(net, config.stall_timeout)) if net.size > 1 else None
+        outcome = run_job(net, recipe, config, watchdog, signals, deadline)
+    return net.on_root(lambda: _run_of(outcome))
+
+
+def _run_of(outcome: Outcome) -> Run:
+    """On the server."""
+    if outcome.failure is not None:
+        raise outcome.failure
+    assert outcome.folder is not None
+    lines = (outcome.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return Run([json.loads(line) for line in lines], outcome.model_hash, outcome.folder.absolute(), outcome.exit_code)
+
+
+def _recipe(algorithm: str) -> str:
+    if ":" in algorithm:
+        return algorithm
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"no algorithm {algorithm!r}; there are: {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[algorithm][0]
+
+
+def _file_of(options: dict[str, object]) -> list[str]:
+    file = options.get("config")
+    return [] if file is None else ["--config", os.fspath(file) if isinstance(file, os.PathLike) else str(file)]
+
+
+def _plain(options: dict[str, object]) -> dict[str, object]:
+    """Paths as text, NumPy's numbers as Python's."""
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+    plain.pop("config", None)
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}
+
+
+@contextmanager
+def _kept_torch() -> Iterator[None]:
+    """A fresh process's settings within; then the program's own, and its random generators as they were."""
+    import torch
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags = [(cudnn, "benchmark"), (cudnn, "deterministic"), (cudnn, "allow_tf32"), (matmul, "allow_tf32")]
+    values = [getattr(place, name) for place, name in flags]
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # the program's own
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])  # noqa: NPY002  # as above
+        torch.set_rng_state(drawn[2])
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        for (place, name), value in zip(flags, values, strict=True):
+            setattr(place, name, value)
