@@ -16,7 +16,7 @@ if interrupt.is_own_program():
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fedmpi.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fedmpi.core.aggregate import Aggregators

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmpi import __version__
 from fedmpi.config import RunConfig
 from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
@@ -48,6 +47,7 @@ from fedmpi.report.identity import functions_of, identity, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.version import __version__
 
 logger = logging.getLogger(__name__)
 

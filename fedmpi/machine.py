@@ -20,11 +20,13 @@ from fedmpi.core.cores import (
 from fedmpi.core.device import (
     capability,
     local_trainer_index,
+    mixed_devices,
     open_device,
     pick_device,
     trainers_sharing,
     visible_gpus,
 )
+from fedmpi.core.errors import ConfigError
 from fedmpi.core.messages import SERVER_RANK
 
 
@@ -66,4 +68,9 @@ def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
 
     device = net.on_all(open_own)
     places = net.on_every_rank((host, str(device), capability(device)))
+    mixed = mixed_devices([place[:2] for place in places[1:]]) if config.device == "auto" else None
+    if mixed is not None:
+        error = ConfigError(mixed)
+        error.everywhere = True  # each rank has seen the same places
+        raise error
     return Machine(device, threads, places, warning if net.rank == node[0] else None)

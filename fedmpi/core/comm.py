@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedmpi.core.agreement import Agreement
 from fedmpi.core.board import NOBODY, SAID, Board, board_bytes
 from fedmpi.core.collection import Collection, as_bytes, pieces_of
+from fedmpi.core.device import note_place
 from fedmpi.core.errors import LaunchError
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, MessageCode, Order
@@ -93,6 +94,8 @@ class PackageProcessor(Agreement, Collection):
         held = node.allgather((self.rank, os.getpid(), namespace))
         self.node = sorted(rank for rank, _, _ in held)
         self.peers = {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
+        if comm is None:
+            note_place(self.node, self.rank)
         self.board = self._shared_board(node)
         node.Free()
         self._waiting = Waiting(self.peers)

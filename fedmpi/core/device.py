@@ -22,6 +22,43 @@ if TYPE_CHECKING:
 
 CPUINFO = Path("/proc/cpuinfo")
 
+_node_ranks: Sequence[int] = (SERVER_RANK,)
+_rank = SERVER_RANK
+
+
+def note_place(node_ranks: Sequence[int], rank: int) -> None:
+    """Remember the ranks of this node and this process's own, for `own_gpu`."""
+    global _node_ranks, _rank
+    _node_ranks, _rank = node_ranks, rank
+
+
+def own_gpu() -> torch.device:
+    """Open the GPU that a trainer of this rank pins, as a job does; without a job the first one.
+
+    Raises:
+        ConfigError: no GPU is visible, or it is full or refuses one more process.
+    """
+    import torch
+
+    visible, where = visible_gpus(), f"rank {_rank}"
+    name = pick_device("cuda", local_trainer_index(_node_ranks, _rank), visible, where)
+    return open_device(name, torch.get_num_threads(), trainers_sharing(_node_ranks, _rank, visible), where)
+
+
+def mixed_devices(places: Sequence[tuple[str, str]]) -> str | None:
+    """One line if some trainers have a GPU and others have none, else None.
+
+    Args:
+        places: (host, device) of each trainer, in the order of their ranks.
+    """
+    hosts = {kind: sorted({host for host, device in places if device.startswith(kind)}) for kind in ("cuda", "cpu")}
+    if not all(hosts.values()):
+        return None
+    return (
+        f"--device auto finds a GPU for trainers on {', '.join(hosts['cuda'])} and none on {', '.join(hosts['cpu'])},"
+        " and the bits would depend on who trains a client: give --device cpu, or start ranks only where there are GPUs"
+    )
+
 
 def local_trainer_index(node_ranks: Sequence[int], rank: int) -> int:
     """Position of `rank` among the trainers of its node.

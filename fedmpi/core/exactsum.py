@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmpi.core.device import host_buffer
 from fedmpi.core.errors import ConfigError
 
 _RANGE_BITS = 7  # |w_k - w| below 2^7 goes to bin 0
@@ -90,6 +91,7 @@ class ExactSum:
         self._weight_total = weight_total
         self._exponent = scale_exponent(weight_total, weight_max)
         self._bins: dict[int, Tensor] = {}
+        self._copies: dict[int, Tensor] = {}
         self._terms: dict[int, int] = {}  # how many times a bin still holds _MAGIC_BITS too much
 
     def add(self, vector: Tensor, weight: int, bin_idx: int | None = None) -> int | None:
@@ -161,8 +163,11 @@ class ExactSum:
         return max(self._bins, default=-1) + 1
 
     def buffers(self, num_bins: int) -> list[NDArray[np.int64]]:
-        """(P,) int64 sums of bins 0 .. `num_bins` - 1, zeros where nothing was added; on CPU what is written counts."""
-        return [_on_host(self._settled(bin_idx)).numpy() for bin_idx in range(num_bins)]
+        """(P,) int64 sums of bins 0 .. `num_bins` - 1, zeros where nothing was added; on CPU what is written counts.
+
+        From a GPU each sum is copied once; nothing is added after that.
+        """
+        return [self._on_host(bin_idx).numpy() for bin_idx in range(num_bins)]
 
     def mean(self) -> Tensor:
         """(P,) float64: the weighted mean update; zeros when the total weight is 0."""
@@ -206,6 +211,14 @@ class ExactSum:
         self._open(bin_idx).add_(shifted.view(torch.int64))
         self._terms[bin_idx] += 1
 
+    def _on_host(self, bin_idx: int) -> Tensor:
+        if self._start.device.type == "cpu":
+            return self._settled(bin_idx)
+        if bin_idx not in self._copies:
+            values = self._settled(bin_idx)
+            self._copies[bin_idx] = host_buffer(len(values), values.dtype, values.device).copy_(values)
+        return self._copies[bin_idx]
+
     def _settled(self, bin_idx: int) -> Tensor:
         bin_sum = self._open(bin_idx)
         excess = self._terms[bin_idx] * _MAGIC_BITS % 2**64
@@ -218,13 +231,6 @@ class ExactSum:
             self._bins[bin_idx] = torch.zeros(self._start.shape, dtype=torch.int64, device=self._start.device)
             self._terms[bin_idx] = 0
         return self._bins[bin_idx]
-
-
-def _on_host(values: Tensor) -> Tensor:
-    if values.device.type != "cuda":
-        return values
-    pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-    return pinned.copy_(values)  # which needs no staging
 
 
 def _largest(values: Tensor) -> float:

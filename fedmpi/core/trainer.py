@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.core import pulse
+from fedmpi.core.device import own_gpu
 from fedmpi.core.errors import ModelError
 from fedmpi.core.model_checks import check_model
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
@@ -73,12 +74,12 @@ class ClientTrainer(ABC):
 
         Args:
             model: float32 module; moved to the device and flattened in place.
-            cuda: False for CPU, True for the current GPU, or a device.
+            cuda: False for CPU, True for the GPU of this rank (round robin over its node's), or a device.
 
         Raises:
             ModelError: the model has entries that are not float32.
         """
-        self.device = torch.device("cuda" if cuda else "cpu") if isinstance(cuda, bool) else torch.device(cuda)
+        self.device = own_gpu() if cuda is True else torch.device(cuda or "cpu")
         check_model(model)  # memory that two tensors share comes apart when they are moved
         self.model = model.to(self.device)
         self._vector = flatten(self.model)
@@ -150,7 +151,7 @@ class ClientSGDTrainer(ClientTrainer):
             epochs: passes over the client's data each round.
             optimizer: over `model.parameters()`.
             criterion: (outputs, labels) -> scalar loss.
-            cuda: False for CPU, True for the current GPU, or a device.
+            cuda: False for CPU, True for the GPU of this rank (round robin over its node's), or a device.
             logger: where to say what was trained; None: the module's logger.
         """
         super().__init__(model, cuda)

@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.conftest import SMALL, under_open_mpi
 
 MODEL = """
-import os, sys, time
+import logging, os, sys, time
 from torch import nn
 class Net(nn.Module):
     def __init__(self, act, training):
@@ -35,6 +35,9 @@ def hang():
         pass
     time.sleep(0.3 * slow)
 steps, slow = 0, "FEDMPI_TEST_SLOW" in os.environ
+chatty = lambda shape, classes: Net(lambda: logging.getLogger("fedmpi").warning("%s chatty", 4000 * "x"), True)
+printing = lambda shape, classes: Net(lambda: print(1000 * "x"), True)
+slow_step = lambda shape, classes: Net(lambda: time.sleep(1), True)
 endless = lambda shape, classes: Net(hang, True)
 killed = lambda shape, classes: Net(lambda: os.kill(os.getpid(), 9), False)
 """
@@ -183,6 +186,53 @@ def test_a_client_that_takes_longer_than_the_timeout_is_no_stall(job):
     options = [*SMALL, "--rounds", "1", "--cohort-size", "3", "--stall-timeout", "2"]
     result = job(3, *options, "--model", "bad:endless", env={"FEDMPI_TEST_SLOW": "1"})
     assert result.code == 0, result.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bad_model")
+@pytest.mark.parametrize("num_ranks", [0, 3])
+def test_a_round_that_outlives_max_seconds_is_given_up_in_its_middle(job, num_ranks):
+    """70 steps of a second; outside Slurm."""
+    launcher = () if num_ranks == 0 else None
+    result = job(num_ranks, *SMALL, "--model", "bad:slow_step", "--max-seconds", "20", launcher=launcher)
+    assert result.code == 75, result.text
+    assert result.seconds < 30
+    assert "not one round fits: a round takes longer, more than " in result.err
+    assert result.err.rstrip().endswith("raise --max-seconds: the same command would stop here again"), result.err
+    assert result.history() == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bad_model")
+@pytest.mark.parametrize("num_ranks", [0, 3])
+def test_a_log_that_nobody_reads_does_not_hold_the_job(start, num_ranks):
+    """840 kB of log, more than pipes hold, and a watchdog that would not wait long."""
+    launcher = () if num_ranks == 0 else None
+    running = start(num_ranks, *SMALL, "--model", "bad:chatty", "--stall-timeout", "3", launcher=launcher)
+    running.wait_for_round(3, 60)  # nothing reads its pipes so far
+    result = running.end()
+    assert result.code == 0, result.text
+    assert "no progress" not in result.text
+    assert result.text.count("xxx chatty") >= 210, "and the steps of a trial before"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bad_model")
+def test_a_rank_whose_own_print_nobody_reads_is_no_hang(start):
+    running = start(1, *SMALL, "--model", "bad:printing", "--stall-timeout", "2", launcher=())
+    time.sleep(15)  # it has printed what a pipe holds, and waits
+    assert running.process.poll() is None
+    assert running.end().code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_to_the_launcherless_rank_stops_it_with_75(start, number):
+    running = start(1, *SMALL, "--rounds", "100000", launcher=())
+    running.wait_for_round(2)
+    os.kill(running.process.pid, number)
+    result = running.end(30)
+    assert result.code == 75, result.text
+    assert f"{signal.Signals(number).name}: stopping after round " in result.err
 
 
 def test_a_good_run_ends_without_an_abort(start):

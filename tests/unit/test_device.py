@@ -9,6 +9,8 @@ import torch
 
 from fedmpi.core import device
 from fedmpi.core.errors import ConfigError
+from fedmpi.core.exactsum import ExactSum
+from fedmpi.core.trainer import ClientSGDTrainer
 
 
 @pytest.fixture
@@ -168,3 +170,46 @@ def test_capability(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nvendor_id\t: SomeVendor\n")
     assert device._cpu_vendor(cpuinfo) == "SomeVendor"
     assert device._cpu_vendor(tmp_path / "missing") != ""
+
+
+@pytest.mark.usefixtures("restored_torch")
+def test_a_trainer_that_wants_cuda_takes_the_gpu_that_a_job_would_give_its_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+
+    def opens(name: str, threads: int, sharing: int, where: str) -> torch.device:
+        opened.append(f"{name}, {sharing} share it, {where}")
+        return torch.device("cpu")
+
+    monkeypatch.setattr(device, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(device, "open_device", opens)
+    model = torch.nn.Linear(2, 1)
+    for node, rank in (([0, 1, 2, 3], 3), ([4, 5], 5), ([0], 0)):
+        device.note_place(node, rank)
+        loader, optimizer = [(torch.ones(1, 2), torch.ones(1, 1))], torch.optim.SGD(model.parameters(), 0.1)
+        ClientSGDTrainer(model, loader, 1, optimizer, torch.nn.MSELoss(), cuda=True)
+    assert opened == [
+        "cuda:0, 2 share it, rank 3",
+        "cuda:1, 1 share it, rank 5",
+        "cuda:0, 1 share it, rank 0",
+    ]
+
+
+def test_nodes_with_and_without_gpus_in_one_job_are_told_what_to_do() -> None:
+    assert device.mixed_devices([("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")]) is None
+    assert device.mixed_devices([("a", "cpu"), ("b", "cpu")]) is None
+    assert device.mixed_devices([]) is None
+    said = device.mixed_devices([("b", "cpu"), ("a", "cuda:0"), ("c", "cpu"), ("b", "cpu")])
+    assert said is not None
+    assert said.startswith("--device auto finds a GPU for trainers on a and none on b, c, and the bits would depend on")
+    assert said.endswith("give --device cpu, or start ranks only where there are GPUs")
+
+
+@pytest.mark.gpu
+def test_a_sum_on_a_gpu_is_copied_once() -> None:
+    gpu = device.own_gpu()
+    exact = ExactSum(torch.zeros(5, device=gpu), 1, 1)
+    exact.add(torch.ones(5, device=gpu), 1)
+    first, again = exact.buffers(1)[0], exact.buffers(2)[0]
+    assert first.__array_interface__["data"] == again.__array_interface__["data"]

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedmpi.core.device import open_device, pick_device, visible_gpus
 from fedmpi.core.errors import ModelError
 from fedmpi.core.layout import laid_out, memory_format_of
 from fedmpi.core.vector import flatten
@@ -158,10 +159,11 @@ def test_graph_wants_a_gpu():
 
 @pytest.mark.gpu
 def test_a_cuda_graph_takes_the_same_steps():
-    model = build_model("2nn", (1, 28, 28), 10).cuda()
+    device = open_device(pick_device("cuda", 0, visible_gpus()), 1)  # as a job does: its settings decide what runs
+    model = build_model("2nn", (1, 28, 28), 10).to(device)
     twin = copy.deepcopy(model)
     vectors = flatten(model), flatten(twin)
-    inputs, labels = torch.randn(25, 1, 28, 28).cuda(), torch.randint(10, (25,)).cuda()
+    inputs, labels = torch.randn(25, 1, 28, 28).to(device), torch.randint(10, (25,)).to(device)
     for engine in (FusedEngine(model, 0.1, 0.9, 0.0), GraphEngine(twin, 0.1, 0.9, 0.0)):
         engine.epoch(inputs, labels, 10)
     assert torch.equal(*vectors)

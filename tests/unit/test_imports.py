@@ -18,9 +18,9 @@ ALLOWED = {
     "bench": {"launch", "fedavg", "job", "machine", "config", "data", "logs", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
-    "embedded": {"launch", "job", "config", "options", "logs", "report", "core"},
+    "embedded": {"launch", "job", "config", "options", "logs", "core"},
     "launch": {"job", "config", "options", "data", "logs", "core"},
-    "job": {"config", "options", "data", "models", "report", "logs", "machine", "core", "__init__"},
+    "job": {"config", "options", "data", "models", "report", "logs", "machine", "core", "version"},
     "machine": {"config", "core"},
     # rooms beside each other
     "report": {"config", "options", "data", "core"},
@@ -32,9 +32,10 @@ ALLOWED = {
     "options": {"core"},
     # the machine
     "core": set(),
+    "version": set(),
     # FedLab's names, and the door: loads any of these when first asked for
     "fedlab": {"__init__"},
-    "__init__": {"core", "data", "embedded"},
+    "__init__": {"core", "data", "embedded", "version"},
 }
 
 MPI = {"core.comm"}
@@ -46,7 +47,6 @@ MEETS_MPI = {
     "core.clock",
     "core.manager",
     "core.server_manager",
-    "embedded",
     "job",
     "launch",
     "machine",
@@ -180,7 +180,7 @@ def test_mpi_and_torch_do_not_meet_below_the_managers() -> None:
 
 def test_torch_is_loaded_with_these_modules_only() -> None:
     assert importers("/torch", "top") == TORCH
-    assert importers("/torch", "late") == {"core.device", "core.pulse", "core.seeding"}
+    assert importers("/torch", "late") == {"core.device", "core.pulse", "core.seeding", "embedded"}
 
 
 @pytest.mark.parametrize("module", ["__init__", "__main__", "config", "launch", "logs", "data.sources", "data.prepare"])
