@@ -49,11 +49,12 @@ def limits(net: PackageProcessor) -> dict[str, float]:
     slowest = {name: min(rate) for name, rate in _by_name(net.on_every_rank(rates)).items()}
     order, vector = np.zeros(1, np.int64), np.zeros(_VECTOR, np.float32)
     sums = np.zeros(_VECTOR, np.int64)
+    short, long, whole = (net.agree_on_buffer("limits", array, written=True) for array in (order, vector, sums))
     return {
         **slowest,
-        "broadcast of 8 B, us": 1e6 * _median_s(net, lambda: net.bcast_vector(order)),
-        "broadcast GB/s": vector.nbytes / 1e9 / _median_s(net, lambda: net.bcast_vector(vector)),
-        "reduction GB/s": sums.nbytes / 1e9 / _median_s(net, lambda: net.reduce_sum(sums)),
+        "broadcast of 8 B, us": 1e6 * _median_s(net, lambda: net.bcast_vector(order, short)),
+        "broadcast GB/s": vector.nbytes / 1e9 / _median_s(net, lambda: net.bcast_vector(vector, long)),
+        "reduction GB/s": sums.nbytes / 1e9 / _median_s(net, lambda: net.reduce_sum(sums, whole)),
     }
 
 

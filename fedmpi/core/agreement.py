@@ -6,7 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from fedmpi.core.errors import DisagreementError, FedmpiError
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmpi.core.buffers import Form, check_buffer, described, is_alike, signature, wanted
+from fedmpi.core.errors import DisagreementError, FedmpiError, TransferError
 
 T = TypeVar("T")
 
@@ -38,6 +42,10 @@ class Agreement(ABC):
     @abstractmethod
     def _tell(self, value: T) -> list[T]:
         """Collective. The ranks' values, by rank, on every rank."""
+
+    @abstractmethod
+    def _largest(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Collective. The largest of the ranks' values, entry by entry, on every rank."""
 
     def on_root(self, work: Callable[[], T], share: bool = True) -> T:
         """Collective. `work` runs on the server alone; the FedmpiError it raises is raised on every rank.
@@ -106,6 +114,44 @@ class Agreement(ABC):
             error = DisagreementError("; ".join(describe(name, values) for name, values in differing.items()))
             error.everywhere = True
             raise error
+
+    def agree_on_buffer(
+        self, call: str, array: Any, dtype: str | None = None, *, written: bool = False, rows: bool = False
+    ) -> Form:
+        """Collective. Compare the ranks' buffers before they are handed to MPI; none is touched.
+
+        Args:
+            call: the transfer they are for, e.g. "bcast_vector".
+            array: this rank's, of the others' dtype and shape; bytes of a device stand for any with as many bytes.
+            dtype: as for `check_buffer`.
+            written: MPI writes to this rank's.
+            rows: the first dimension may differ between ranks.
+
+        Returns:
+            The form of this rank's.
+
+        Raises:
+            TransferError: on every rank, if any rank's buffer is unfit or differs, with the ranks and what they passed.
+        """
+        try:
+            check_buffer(array, dtype, written=written)
+            sound = True
+        except TransferError:
+            sound = False
+        if is_alike(self._largest(signature(call, array if sound else None, rows))):
+            return Form(str(array.dtype), tuple(array.shape))
+        passed: dict[str, list[int]] = {}
+        told = self.on_every_rank((call, described(array), written))
+        same_call = len({name for name, _, _ in told}) == 1
+        for rank, (name, text, _) in enumerate(told):
+            passed.setdefault(text if same_call else f"{text} for {name}", []).append(rank)
+        alike = "the same width" if rows else "the same dtype and shape"
+        error = TransferError(
+            f"{describe(f'{told[0][0]}: the buffer', passed)}; wanted is"
+            f" {wanted(dtype, any(writes for _, _, writes in told))}, {alike} on all ranks"
+        )
+        error.everywhere = True
+        raise error
 
     def on_every_rank(self, value: T) -> list[T]:
         """Collective. The ranks' values, by rank, on every rank."""

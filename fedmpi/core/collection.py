@@ -1,22 +1,20 @@
 """An order and its vector go out to the ranks; what they did comes back: records of clients, and their sum or rows.
 
-Both ways go along a binomial tree made by hand of sends and receives, in which a rank waits for its relatives only:
-MPICH's `Ibcast` takes up to eight times, its `Ireduce` two to four times as long between ranks that sleep.
-
 Shapes: P vector entries, K clients in the cohort.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmpi.core.buffers import Form, check_buffer, described
+from fedmpi.core.errors import TransferError
 from fedmpi.core.messages import (
+    HEADER_SIZE,
     SERVER_RANK,
     LocalWork,
     MessageCode,
@@ -25,46 +23,70 @@ from fedmpi.core.messages import (
     pack_updates,
     unpack_updates,
 )
-from fedmpi.core.timeline import Timeline
+from fedmpi.core.tree import Tree
 
-MAX_MESSAGE_BYTES = 2**30
-"""Longer buffers travel in pieces: MPI's classic calls count in a C int."""
-
-SUM_BYTES = 2**23
-"""What a rank receives of another's sums at a time, to add it to its own."""
+Buffer = TypeVar("Buffer")
 
 BLOCK_BYTES = 2**24
 """The server holds this much of the cohort's rows at a time, however many clients take part."""
 
 
-class Collection(ABC):
-    """Collectives that begin or end at the server.
+class Collection(Tree):
+    """The exchanges of a round.
 
     Attributes:
-        rank: this process, 0 is the server.
-        size: all processes.
-        timeline: notes what this rank spends its time on.
+        order: of the round at hand; None before the first.
     """
 
-    rank: int
-    size: int
-    timeline: Timeline
+    order: Order | None = None
 
-    @abstractmethod
-    def send(self, array: NDArray[Any], *ranks: int) -> None:
-        """Send a contiguous buffer of at most `MAX_MESSAGE_BYTES` to each of `ranks`, at the same time."""
+    # The round: every call is collective, in the same order on all ranks, and through buffers.
 
-    @abstractmethod
-    def receive(self, array: NDArray[Any], rank: int) -> None:
-        """Receive what `rank` sends into a buffer of that size."""
+    def bcast_order(self, order: Order | None) -> Order:
+        """Collective. The server passes an order, the others None; each gets the order.
 
-    @abstractmethod
-    def max_of(self, value: int) -> int:
-        """Collective. The largest of the ranks' values, on every rank."""
+        Raises:
+            TransferError: on every rank, if the server's is no order that can be sent.
+        """
+        header, body = np.zeros(HEADER_SIZE, np.int64), np.empty(0, np.int64)
+        mistake = None
+        if self.is_server:
+            try:
+                header, body = _packed(order)
+            except TransferError as error:
+                mistake = error
+        with self.timeline.span("order" if self.is_server else "idle"):
+            self._spread(header)
+            if not header.any():
+                self.agree(mistake)
+            size = Order.body_size(header)
+            body = body if self.is_server else np.empty(size, np.int64)
+            if size:
+                self._spread(body)
+        received = Order.unpack(header, body)
+        if received.code is MessageCode.PARAMETER_UPDATE:
+            self.order = received
+        return received
 
-    @abstractmethod
-    def count_bytes(self, num_bytes: int) -> None:
-        """Note what went through a call of this rank's."""
+    def bcast_vector(self, vector: Buffer, agreed: Form | None = None) -> Buffer:
+        """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype.
+
+        Args:
+            vector: of any number type; on a rank whose MPI library can write to its device it may be a tensor there,
+                as bytes.
+            agreed: what `agree_on_buffer` returned for buffers like these, all ranks'; None: compare them now.
+
+        Raises:
+            TransferError: on every rank, if any rank's buffer is unfit or another; with `agreed`, on the ranks whose
+                buffer has changed since.
+        """
+        if agreed is None:
+            self.agree_on_buffer("bcast_vector", vector, written=not self.is_server)
+        else:
+            agreed.check(vector, written=not self.is_server)
+        with self.timeline.span("broadcast"):
+            self._spread(vector)
+        return vector
 
     def collect(self, order: Order, work: LocalWork, receiver: Receiver) -> None:
         """Collective. Bring to the server what the ranks did for `order`.
@@ -98,131 +120,35 @@ class Collection(ABC):
     def _collect_rows(self, num_rows: int, rows: list[NDArray[np.float32]], receiver: Receiver) -> None:
         with self.timeline.span("idle"):  # until the slowest rank is here
             width = self.max_of(len(rows[0]) if rows else 0)
+        for row in rows:
+            check_buffer(row, "float32", width)
         with self.timeline.span("collect"):
             room = np.empty(0, np.float32)  # one for all blocks: malloc would keep more than it gives back
             for columns in _column_blocks(width, num_rows):
                 mine = [row[columns] for row in rows]
                 empty = np.empty((0, columns.stop - columns.start), np.float32)
-                block = self.gather_rows(np.stack(mine) if mine else empty, room)
+                block = self._gather_rows(np.stack(mine) if mine else empty, room)
                 if self.rank == SERVER_RANK:
                     receiver.on_block(columns, block)
                     room = room if room.size else block.reshape(-1)
-
-    def reduce_sum(self, sums: NDArray[np.int64]) -> None:
-        """Collective. The server's int64 buffer becomes the sum over all ranks' buffers; the others' are used up."""
-        self._sum_up([sums], lambda _: [sums])
-
-    def _sum_up(self, sums: list[NDArray[np.int64]], grow: Callable[[int], list[NDArray[np.int64]]]) -> None:
-        """Collective. `reduce_sum` of as many buffers as the rank with the most of them has.
-
-        Args:
-            sums: this rank's buffers; more come at the end.
-            grow: that many buffers, the first of which are `sums`.
-        """
-        parent, children = relatives(self.rank, self.size)
-        count = np.empty(1, np.int64)
-        for child in children:
-            with self.timeline.span("idle"):
-                self.receive(count, child)
-            with self.timeline.span("collect"):
-                sums += grow(int(count[0]))[len(sums) :]
-                for buffer in sums[: int(count[0])]:
-                    self._receive_and_add(buffer, child)
-        if parent is not None:
-            with self.timeline.span("collect"):
-                self.send(np.array([len(sums)], np.int64), parent)
-                for buffer in sums:
-                    for piece in pieces_of(buffer, SUM_BYTES):
-                        self.send(piece, parent)
-        for buffer in sums:
-            self.count_bytes(buffer.nbytes)
-
-    def spread(self, vector: Any) -> None:
-        """Collective. The server's contiguous buffer overwrites the others'; one may lie on a device, as bytes."""
-        parent, children = relatives(self.rank, self.size)
-        for piece in pieces_of(vector):
-            if parent is not None:
-                self.receive(piece, parent)
-            self.send(piece, *reversed(children))  # the one with the most below it first
-        self.count_bytes(vector.nbytes)
-
-    def _receive_and_add(self, buffer: NDArray[np.int64], source: int) -> None:
-        arrived = np.empty(min(buffer.size, max(1, SUM_BYTES // 8)), np.int64)
-        for piece in pieces_of(buffer, SUM_BYTES):
-            self.receive(arrived[: piece.size], source)
-            piece += arrived[: piece.size]
-
-    def gather_rows(self, rows: NDArray[np.float32], room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Collective. Each rank passes (k, B) rows; the server gets them all, rank after rank, the others (0, B).
-
-        Args:
-            rows: this rank's.
-            room: on the server, a flat buffer to put them in, if it is large enough.
-        """
-        arrived, _, _ = self._gather(rows, room)
-        self.count_bytes(rows.nbytes + arrived.nbytes)
-        return arrived
-
-    def gather_counts(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Collective. Each rank passes integers; the server gets them all, rank after rank, the others none."""
-        return self._gather(values)[0]
-
-    def _gather(
-        self, mine: NDArray[Any], room: NDArray[Any] | None = None, note: int = 0
-    ) -> tuple[NDArray[Any], list[int], list[int]]:
-        """Collective. On the server all ranks' items, rank after rank, how many each had, and the ranks' notes.
-
-        Nothing elsewhere.
-        """
-        first = np.array([len(mine), note], np.int64)
-        if self.rank != SERVER_RANK:
-            self.send(first, SERVER_RANK)
-            for piece in pieces_of(as_bytes(mine)):
-                self.send(piece, SERVER_RANK)
-            return mine[:0], [], []
-        counts, notes = [len(mine)], [note]
-        for rank in range(1, self.size):
-            with self.timeline.span("idle"):
-                self.receive(first, rank)
-            counts.append(int(first[0]))
-            notes.append(int(first[1]))
-        shape = (sum(counts), *mine.shape[1:])
-        fits = room is not None and room.size >= math.prod(shape)
-        arrived = room[: math.prod(shape)].reshape(shape) if room is not None and fits else np.empty(shape, mine.dtype)
-        arrived[: len(mine)] = mine
-        with self.timeline.span("collect"):
-            for rank, stop in list(enumerate(np.cumsum(counts)))[1:]:
-                for piece in pieces_of(as_bytes(arrived[stop - counts[rank] : stop])):
-                    self.receive(piece, rank)
-        return arrived, counts, notes
-
-
-def relatives(rank: int, size: int) -> tuple[int | None, list[int]]:
-    """A rank's parent and children in the binomial tree over `size` ranks; the last child has the most below it."""
-    children: list[int] = []
-    distance = 1
-    while distance < size:
-        if rank % (2 * distance):
-            return rank - distance, children
-        if rank + distance < size:
-            children.append(rank + distance)
-        distance *= 2
-    return None, children
-
-
-def as_bytes(array: Any) -> Any:
-    """The same memory as bytes, which MPI counts alike on every library; what is no NumPy array is bytes already."""
-    return array.reshape(-1).view(np.uint8) if isinstance(array, np.ndarray) else array
-
-
-def pieces_of(array: Any, num_bytes: int | None = None) -> Iterator[Any]:
-    """Contiguous parts of at most `num_bytes` (default: `MAX_MESSAGE_BYTES`), whole items each."""
-    flat = array.reshape(-1)
-    step = max(1, (num_bytes or MAX_MESSAGE_BYTES) // array.itemsize)
-    return (flat[start : start + step] for start in range(0, len(flat), step))
 
 
 def _column_blocks(num_columns: int, num_rows: int) -> Iterator[slice]:
     """Slices that cover the columns, each at most `BLOCK_BYTES` of float32 in `num_rows` rows."""
     step = max(1, BLOCK_BYTES // (4 * max(1, num_rows)))
     return (slice(start, min(start + step, num_columns)) for start in range(0, num_columns, step))
+
+
+def _packed(order: object) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Header and body of an order, if that is what it is."""
+    if not isinstance(order, Order):
+        raise TransferError(f"bcast_order: rank 0 passed {type(order).__name__}; wanted is an Order")
+    for name in ("cohort", "ranks", "integer_state"):
+        part = getattr(order, name)
+        if not isinstance(part, np.ndarray) or part.ndim != 1 or not np.can_cast(part.dtype, np.int64):
+            raise TransferError(f"bcast_order: rank 0 passed {name} as {described(part)}; wanted are int64 in one row")
+    if len(order.cohort) != len(order.ranks):
+        raise TransferError(
+            f"bcast_order: rank 0 passed {len(order.ranks)} ranks for {len(order.cohort)} clients; wanted is one each"
+        )
+    return order.header(), order.body().astype(np.int64, copy=False)

@@ -7,6 +7,7 @@ travels through buffers; the pickled (lower-case) calls of mpi4py serve the set-
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import time
@@ -18,16 +19,17 @@ import mpi4py
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.agreement import Agreement
 from fedmpi.core.board import NOBODY, SAID, Board, board_bytes
-from fedmpi.core.collection import Collection, as_bytes, pieces_of
+from fedmpi.core.buffers import Form, check_buffer, described
+from fedmpi.core.collection import Collection
 from fedmpi.core.device import note_place
-from fedmpi.core.errors import LaunchError
+from fedmpi.core.errors import LaunchError, TransferError
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
-from fedmpi.core.messages import HEADER_SIZE, SERVER_RANK, MessageCode, Order
+from fedmpi.core.messages import SERVER_RANK
 from fedmpi.core.schedule import helping
 from fedmpi.core.streams import settle, tell
 from fedmpi.core.timeline import Span, Timeline
+from fedmpi.core.tree import as_bytes, pieces_of
 from fedmpi.core.waiting import Request, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
@@ -37,14 +39,14 @@ mpi4py.rc.finalize = True
 from mpi4py import MPI  # noqa: E402  # the settings above must come first
 
 T = TypeVar("T")
-Buffer = TypeVar("Buffer")
 
+_SUMMED = "float32 or float64 or int32 or int64"  # what every MPI library adds up
 _ABORT_S = 3.0
 _FLUSH_S = 1.0  # for what was printed before
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
 
 
-class PackageProcessor(Agreement, Collection):
+class PackageProcessor(Collection):
     """One rank's end of the job's communicator.
 
     Attributes:
@@ -59,7 +61,6 @@ class PackageProcessor(Agreement, Collection):
         peers: rank -> process id of the others of them, as far as this process can see them.
         board: what these ranks show each other.
         waits_for: the rank this one waits to hear from or to be heard by, if any, and since when (`time.monotonic`).
-        order: of the round at hand; None before the first.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
@@ -87,7 +88,6 @@ class PackageProcessor(Agreement, Collection):
         self.timeline = Timeline()
         self._counter: MPI.Win | None = None
         self.waits_for: tuple[int | None, float] = None, 0.0
-        self.order: Order | None = None
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         assert isinstance(node, MPI.Intracomm)
         namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""  # noqa: PTH110, PTH115
@@ -114,31 +114,6 @@ class PackageProcessor(Agreement, Collection):
     def num_trainers(self) -> int:
         """Ranks that train: all but the server, or the server itself when it is alone."""
         return max(1, self.size - 1)
-
-    # The round: every call is collective, in the same order on all ranks, and through buffers.
-
-    def bcast_order(self, order: Order | None) -> Order:
-        """Collective. The server passes an order, the others None; each gets the order."""
-        header = order.header() if order is not None else np.empty(HEADER_SIZE, np.int64)
-        with self.timeline.span("order" if self.is_server else "idle"):
-            self.spread(header)
-            size = Order.body_size(header)
-            body = order.body() if order is not None else np.empty(size, np.int64)
-            if size:
-                self.spread(body)
-        received = Order.unpack(header, body)
-        if received.code is MessageCode.PARAMETER_UPDATE:
-            self.order = received
-        return received
-
-    def bcast_vector(self, vector: Buffer) -> Buffer:
-        """Collective. The server's contiguous buffer overwrites the others', which have its shape and dtype.
-
-        On a rank whose MPI library can write to its device it may be a tensor there, as bytes.
-        """
-        with self.timeline.span("broadcast"):
-            self.spread(vector)
-        return vector
 
     def open_line(self) -> None:
         """Collective. Make ready for `begin_line` and `draw`."""
@@ -182,25 +157,61 @@ class PackageProcessor(Agreement, Collection):
 
     def max_of(self, value: int) -> int:
         """Collective. The largest of the ranks' values, on every rank."""
-        mine, largest = np.array([value], np.int64), np.empty(1, np.int64)
-        self._waiting.until(self._comm.Iallreduce(mine, largest, MPI.MAX))
-        return int(largest[0])
+        return int(self._largest(np.array([operator.index(value)], np.int64))[0])
+
+    def _largest(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        largest = np.empty_like(values)
+        self._waiting.until(self._comm.Iallreduce(values, largest, MPI.MAX))
+        return largest
 
     def send(self, array: NDArray[Any], *ranks: int) -> None:
+        """Send a contiguous buffer of at most `MAX_MESSAGE_BYTES` to each of `ranks`, at the same time.
+
+        Raises:
+            TransferError: on this rank, if the buffer is unfit.
+        """
+        check_buffer(array)
         requests = [(rank, self._comm.Isend(as_bytes(array), rank)) for rank in ranks]
         for rank, request in requests:
             self._wait_for(rank, request)
 
     def receive(self, array: NDArray[Any], rank: int) -> None:
-        self._wait_for(rank, self._comm.Irecv(as_bytes(array), rank))
+        """Receive what `rank` sends into a buffer of that size.
+
+        Raises:
+            TransferError: on this rank, if the buffer is unfit, or more or less has come than it holds.
+        """
+        check_buffer(array, written=True)
+        arrival = _Arrival(self._comm.Irecv(as_bytes(array), rank))
+        came: int | str = "more"
+        try:
+            self._wait_for(rank, arrival)
+            came = arrival.num_bytes
+        except MPI.Exception as error:
+            if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                raise
+        if came != array.nbytes:
+            raise TransferError(f"rank {rank} sent {came} bytes; wanted are {array.nbytes}: {described(array)}")
 
     def _wait_for(self, rank: int, request: Request) -> None:
         self.waits_for = rank, time.monotonic()
         self._waiting.until(request)
         self.waits_for = None, 0.0
 
-    def sum_all(self, values: NDArray[Any]) -> None:
-        """Collective. Every rank's buffer becomes the sum over all of them; float sums depend on the ranks."""
+    def sum_all(self, values: NDArray[Any], agreed: Form | None = None) -> None:
+        """Collective. Every rank's buffer becomes the sum over all of them; float sums depend on the ranks.
+
+        Args:
+            values: float32, float64, int32 or int64, of the same dtype and shape on all ranks.
+            agreed: what `agree_on_buffer` returned; None: compare the ranks' buffers now.
+
+        Raises:
+            TransferError: on every rank, if any rank's buffer is unfit or another.
+        """
+        if agreed is None:
+            self.agree_on_buffer("sum_all", values, _SUMMED, written=True)
+        else:
+            agreed.check(values, written=True)
         for piece in pieces_of(values):
             self._waiting.until(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
 
@@ -287,6 +298,21 @@ class PackageProcessor(Agreement, Collection):
     def count_bytes(self, num_bytes: int) -> None:
         if self.size > 1:
             self.bytes_sent += num_bytes
+
+
+class _Arrival:
+    """A message that is on its way to this rank, and how long it was."""
+
+    def __init__(self, request: MPI.Request) -> None:
+        self._request, self._status = request, MPI.Status()
+
+    def Test(self) -> bool:  # noqa: N802  # mpi4py's name
+        return bool(self._request.Test(self._status))
+
+    @property
+    def num_bytes(self) -> int:
+        """Once it is here."""
+        return int(self._status.Get_count(MPI.BYTE))
 
 
 def library_version() -> str:

@@ -49,6 +49,10 @@ class DisagreementError(FedmpiError):
     """Ranks that must hold the same value hold different ones."""
 
 
+class TransferError(FedmpiError):
+    """A buffer handed to MPI has another type, length, order or layout than the transfer wants."""
+
+
 class CheckpointError(FedmpiError):
     """A checkpoint is damaged, or belongs to another run."""
 

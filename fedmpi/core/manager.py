@@ -55,11 +55,12 @@ class NetworkManager(ABC):
     def run(self) -> int:
         """Collective. Train until the server says EXIT; returns the exit code, the same on every rank."""
         self.setup()
+        agreed = self.net.agree_on_buffer("bcast_vector", self.downlink(), written=not self.net.is_server)
         while True:
             order = self.net.bcast_order(self.next_order())  # A  server -> all
             if order.code is MessageCode.EXIT:
                 return self.net.leave(order.exit_code)
-            vector = self.net.bcast_vector(self.downlink())  # B  server -> all   (P,)
+            vector = self.net.bcast_vector(self.downlink(), agreed)  # B  server -> all   (P,)
             work = self.local_work(order, vector)  #              no communication
             self.net.collect(order, work, self)  #             C  all -> server: exact sum (P,) or rows (K, P)
             self.finish_round(order, work)  #                     no communication

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import socket
 
 import numpy as np
 import pytest
+import torch
 
-from fedmpi.core import collection
+from fedmpi.core import collection, tree
 from fedmpi.core import comm as comm_module
-from fedmpi.core.errors import ConfigError, DisagreementError
+from fedmpi.core.errors import ConfigError, DisagreementError, TransferError
 from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
 
 STATE = np.arange(3)
@@ -57,7 +59,7 @@ def test_an_order_arrives_as_it_was_sent(net, agree):
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
 def test_bcast_vector_in_pieces(net, agree, monkeypatch, limit, dtype, size):
     """Counts just below, at and above the largest message."""
-    monkeypatch.setattr(collection, "MAX_MESSAGE_BYTES", limit)
+    monkeypatch.setattr(tree, "MAX_MESSAGE_BYTES", limit)
     want = np.arange(size).astype(dtype)
     got = net.bcast_vector(want.copy() if net.is_server else np.zeros(size, dtype))
     agree(np.array_equal(got, want), got)
@@ -66,9 +68,8 @@ def test_bcast_vector_in_pieces(net, agree, monkeypatch, limit, dtype, size):
 @pytest.mark.parametrize("limit", [4, 8, 2**30])
 def test_bcast_vector_into_a_tensor(net, agree, monkeypatch, limit):
     """The way to a device, on the CPU: trainers hand over the bytes of a tensor."""
-    import torch
 
-    monkeypatch.setattr(collection, "MAX_MESSAGE_BYTES", limit)
+    monkeypatch.setattr(tree, "MAX_MESSAGE_BYTES", limit)
     got = torch.arange(5.0) if net.is_server else torch.zeros(5)
     net.bcast_vector(got.numpy() if net.is_server else got.view(torch.uint8))
     agree(torch.equal(got, torch.arange(5.0)), got)
@@ -76,7 +77,7 @@ def test_bcast_vector_into_a_tensor(net, agree, monkeypatch, limit):
 
 @pytest.mark.parametrize("limit", [1, 15, 16, 17, 2**30])
 def test_reduce_sum_in_pieces_is_exact(net, agree, monkeypatch, limit):
-    monkeypatch.setattr(collection, "SUM_BYTES", limit)
+    monkeypatch.setattr(tree, "SUM_BYTES", limit)
     mine = np.array([2**61 - 1, -(2**61), net.rank, 0, 1]) // net.size
     sums = mine.copy()
     net.reduce_sum(sums)
@@ -86,7 +87,7 @@ def test_reduce_sum_in_pieces_is_exact(net, agree, monkeypatch, limit):
 
 @pytest.mark.parametrize("limit", [1, 10, 12, 2**30])
 def test_gather_rows_in_pieces_with_empty_ranks(net, agree, monkeypatch, limit):
-    monkeypatch.setattr(collection, "MAX_MESSAGE_BYTES", limit)
+    monkeypatch.setattr(tree, "MAX_MESSAGE_BYTES", limit)
     rows = np.full((net.rank % 2 * (net.rank + 1), 3), net.rank, np.float32)
     got = net.gather_rows(rows)
     want = np.concatenate([np.full((rank % 2 * (rank + 1), 3), rank, np.float32) for rank in range(net.size)])
@@ -190,3 +191,116 @@ def test_only_one_rank_of_a_node_has_the_last_words(net, agree, tmp_path, monkey
     monkeypatch.undo()
     count = net.on_root(lambda: len(list(tmp_path.glob("said-*"))))
     agree(count == 1, count)
+
+
+def unfit(case, array):
+    """A sound buffer made unfit, or unlike the other ranks'."""
+    if case == "read-only":
+        array.flags.writeable = False
+        return array
+    return {
+        "strided": lambda: np.repeat(array, 2, axis=-1)[..., ::2],
+        "transposed": lambda: np.asfortranarray(array.reshape(-1, 6)),
+        "shorter": lambda: array[..., :-1].copy(),
+        "longer": lambda: np.concatenate([array, array], axis=-1),
+        "reshaped": lambda: array.reshape(*array.shape[:-1], 2, -1),
+        "other byte order": lambda: array.astype(array.dtype.newbyteorder()),
+        "same bytes, other type": lambda: array.view(np.uint32 if array.itemsize == 4 else np.uint64),
+        "wider type": lambda: array.astype(np.complex128),
+        "object": lambda: array.astype(object),
+        "no dimension": lambda: array.reshape(-1)[0].reshape(()),
+        "tensor": lambda: torch.from_numpy(array),
+        "list": array.tolist,
+        "None": lambda: None,
+    }[case]()
+
+
+CASES = (
+    "strided",
+    "transposed",
+    "shorter",
+    "longer",
+    "reshaped",
+    "other byte order",
+    "same bytes, other type",
+    "wider type",
+    "object",
+    "no dimension",
+    "tensor",
+    "list",
+    "None",
+    "read-only",
+)
+SOUND_IF_ALL_HAVE_IT = ("shorter", "longer", "reshaped", "same bytes, other type", "wider type")
+CALLS = {
+    "bcast_vector": (np.float32, (24,), ["read-only on root"]),
+    "reduce_sum": (np.int64, (24,), []),
+    "sum_all": (np.float32, (24,), []),
+    "gather_rows": (np.float32, (4, 6), ["read-only"]),
+    "gather_counts": (np.int64, (24,), ["read-only", "shorter", "longer"]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("where", ["root", "last", "all"])
+def test_buffers_that_mpi_would_misread_are_refused_alike_on_every_rank(net, agree, call, where):
+    dtype, shape, fine = CALLS[call]
+    spoilt = {"root": net.is_server, "last": net.rank == net.size - 1, "all": True}[where]
+    refused = [case for case in CASES if case not in fine and f"{case} on {where}" not in fine]
+    for case in refused if where != "all" else [each for each in refused if each not in SOUND_IF_ALL_HAVE_IT]:
+        array = np.arange(24, dtype=dtype).reshape(shape)
+        raised = None
+        try:
+            getattr(net, call)(unfit(case, array) if spoilt else array)
+        except TransferError as error:
+            raised = error
+        told = net.on_every_rank((str(raised), getattr(raised, "everywhere", False)))
+        agree(told[0] == told[net.rank] and told[0][1], (case, told))
+        named = {"root": "on rank 0", "last": f"on rank {net.size - 1}", "all": "on rank"}[where]
+        agree(named in told[0][0] and told[0][0].startswith(f"{call}: the buffer is") and "wanted" in told[0][0], told)
+    sound = np.ones(shape, dtype)
+    getattr(net, call)(sound)  # and the next one is right
+    sums = call == "sum_all" or (call == "reduce_sum" and net.is_server)
+    agree(not sums or (sound == net.size).all(), sound)
+
+
+@pytest.mark.parametrize("call", ["reduce_sum", "gather_rows", "gather_counts"])
+def test_one_type_only_even_where_all_ranks_pass_another(net, call):
+    with pytest.raises(TransferError, match=r"complex64 of shape .* on rank.*; wanted is .*(int64|float32) in"):
+        getattr(net, call)(np.zeros((2, 3), np.complex64))
+
+
+def test_a_receiver_notices_that_less_or_more_has_come(net, agree):
+    for sent in (7, 9):
+        said = ""
+        if net.rank == net.size - 1:
+            net.send(np.zeros(sent, np.float32), 0)
+        if net.is_server:
+            with pytest.raises(TransferError) as caught:
+                net.receive(np.zeros(8, np.float32), net.size - 1)
+            said = str(caught.value)
+        agree(
+            not net.is_server or said.startswith(f"rank {net.size - 1} sent {28 if sent == 7 else 'more'} bytes"), said
+        )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        "no order",
+        {"cohort": np.array([1.5])},
+        {"cohort": np.array([[1]])},
+        {"cohort": np.arange(2)},
+        {"integer_state": np.empty(0)},
+        {"ranks": [1]},
+    ],
+)
+def test_an_order_that_cannot_be_sent_is_refused_alike(net, agree, wrong):
+    sent = dataclasses.replace(order(ranks=(1,)), **wrong) if isinstance(wrong, dict) else wrong
+    with pytest.raises(TransferError, match="bcast_order: rank 0 passed") as caught:
+        net.bcast_order(sent if net.is_server else None)
+    agree(caught.value.everywhere)
+    narrow = dataclasses.replace(order(ranks=(1,)), cohort=np.array([10], np.int32))
+    got = net.bcast_order(narrow if net.is_server else None)
+    agree(got.cohort.tolist() == [10] and got.cohort.dtype == np.int64, got)
