@@ -1,19 +1,16 @@
 """One suite, two ways to run it: `pytest` (unit, e2e) and `mpiexec -n 3 pytest` (unit, spmd).
 
-Under mpiexec every rank runs every test, and after each test the ranks tell each other how it went: a test that fails
-on one rank fails on all, and rank 0 reports it with the rank's name. A rank that cannot be reached any more, because
-it waits inside a collective that the failed rank never entered, ends the run after `PATIENCE_S`.
+Under mpiexec every rank runs every test, and ranks tell each other how it went (`mpi_plugin`).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,7 +20,6 @@ from fedmpi.core.launcher import announced
 if TYPE_CHECKING:
     from fedmpi.core.comm import PackageProcessor
 
-PATIENCE_S = 20.0
 UNDER_MPI = any(one.size > 1 for one in announced())
 
 settings.register_profile(
@@ -37,10 +33,10 @@ settings.register_profile(
 settings.load_profile("fedmpi")
 
 if UNDER_MPI:
-    from fedmpi.core.comm import PackageProcessor
+    from tests.mpi_plugin import Ranks, await_ranks
 
-    NET = PackageProcessor()
-    REPORTS = PackageProcessor()  # apart from NET, whose collectives a failed test may leave half done
+    await_ranks(os.environ)
+    RANKS = Ranks()
 
 
 @pytest.hookimpl(trylast=True)
@@ -49,11 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # each other.
     os.environ["PYTEST_DEBUG_TEMPROOT"] = root = tempfile.mkdtemp(prefix="fedmpi-tests-")
     config.add_cleanup(lambda: shutil.rmtree(root, ignore_errors=True))
+    config.option.with_mpi = True  # without ranks there are no such tests, but pytest-mpi takes a folder `mpi` for one
     if UNDER_MPI:
-        config.option.with_mpi = True
-        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None and not NET.is_server:  # rank 0 reports for all
-            reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115  # open as long as the process lives
+        config.pluginmanager.register(RANKS, "ranks")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -70,45 +64,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.mpi)
 
 
-if UNDER_MPI:
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-        outcome: Any = yield
-        report: pytest.TestReport = outcome.get_result()
-        if report.when == "call" or (report.when == "setup" and report.failed):
-            _tell_others(report)
-
-    def _tell_others(report: pytest.TestReport) -> None:
-        """Collective. Fail `report` if the test failed on any rank, and say where."""
-        mine = str(report.longrepr) if report.failed else ""
-        if report.failed and not _all_arrive(PATIENCE_S):
-            _give_up(report, mine)
-        elif not report.failed:
-            _all_arrive(None)
-        told = REPORTS.on_every_rank(mine)
-        failed = [rank for rank, text in enumerate(told) if text]
-        if failed:
-            report.outcome = "failed"
-            first = told[failed[0]]
-            ranks = ", ".join(map(str, failed))
-            report.longrepr = f"failed on rank {ranks} of {NET.size}; rank {failed[0]} says:\n{first}"
-
-    def _all_arrive(patience_s: float | None) -> bool:
-        """Collective. Whether all ranks come to the end of this test within `patience_s`."""
-        return REPORTS.try_barrier(patience_s)
-
-    def _give_up(report: pytest.TestReport, text: str) -> None:
-        sys.stderr.write(
-            f"\n{report.nodeid} failed on rank {NET.rank} of {NET.size}; others wait for it in a collective:\n{text}\n"
-        )
-        REPORTS.abort(1)
-
-
 @pytest.fixture
 def net() -> PackageProcessor:
     """This rank's end of the communicator; for tests under tests/spmd."""
-    return NET
+    return RANKS.net
 
 
 @pytest.fixture

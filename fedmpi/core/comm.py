@@ -219,9 +219,15 @@ class PackageProcessor(Collection):
         """Collective. Returns when all ranks are here."""
         self._waiting.until(self._comm.Ibarrier())
 
-    def try_barrier(self, patience_s: float | None) -> bool:
-        """Collective. Whether all ranks are here within `patience_s` (None: wait for ever). After False, abort."""
-        return self._waiting.until(self._comm.Ibarrier(), patience_s)
+    def try_alike(self, value: int, patience_s: float | None) -> bool | None:
+        """Collective. Return True if all ranks pass the same value, None if not all are here within `patience_s`.
+
+        After None, abort.
+        """
+        both, largest = np.array([value, -value], np.int64), np.empty(2, np.int64)
+        if not self._waiting.until(self._comm.Iallreduce(both, largest, MPI.MAX), patience_s):
+            return None
+        return bool(largest[0] == -largest[1])
 
     def gather_timeline(self) -> list[tuple[str, list[Span]]]:
         """Collective. After the last round: every rank's host and spans, on the server; elsewhere nothing."""
