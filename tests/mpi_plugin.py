@@ -25,6 +25,7 @@ from fedmpi.core.comm import PackageProcessor
 
 PATIENCE_S = 20.0
 START_S = 45.0
+_LAUNCH_S = 2.0  # a launcher has started all its ranks by then
 _READY = b"mpi-suite-ready"
 _LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
@@ -72,9 +73,10 @@ class Ranks:
         try:
             result = yield
         except BaseException:
-            self._compare_collections(session, traceback.format_exc(limit=-3))
+            self._errors.append(traceback.format_exc(limit=-3))
             raise
-        self._compare_collections(session, "\n".join(self._errors))
+        finally:
+            self._compare_collections(session, "\n".join(self._errors))
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -95,7 +97,8 @@ class Ranks:
         except (session.Interrupted, session.Failed):  # -x, --maxfail: on all ranks
             raise
         except BaseException:
-            self._meet("the end of the tests", "left", traceback.format_exc(limit=-3))
+            said = self._meet("the end of the tests", "left", traceback.format_exc(limit=-3))
+            session.config.get_terminal_writer().line(f"\n{said}")
             raise
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -112,13 +115,13 @@ class Ranks:
             stage: where this rank is; if others are elsewhere, the ranks part.
             outcome: one word.
             text: the error, if there is one.
-            patience_s: how long to wait for the others; None: as long as they take, unless there is an error.
+            patience_s: how long to wait for the others; None: as long as they take, if all is well here.
         """
         if self._parted:
             return ""
-        alike = self._meetings.try_alike(
-            zlib.crc32(f"{stage} {outcome}".encode()), PATIENCE_S if text and patience_s is None else patience_s
-        )
+        if patience_s is None and outcome != "passed":
+            patience_s = PATIENCE_S
+        alike = self._meetings.try_alike(zlib.crc32(f"{stage} {outcome}".encode()), patience_s)
         if alike is None:
             self._give_up(f"{stage}: {outcome} on {self._name}; others are not here yet\n{text}")
         if alike:
@@ -127,43 +130,36 @@ class Ranks:
         places = {place for place, _, _ in told}
         self._parted = len(places) > 1 or "left" in (word for _, word, _ in told)
         failed = [rank for rank, (_, _, words) in enumerate(told) if words]
-        size = self.net.size
-        if not failed or len(places) > 1:
-            where = "\n".join(f"rank {rank} of {size}: {place}: {word}" for rank, (place, word, _) in enumerate(told))
-            said = [f"the ranks have come to different places\n{where}"]
+        if failed and len(places) == 1:
+            said = f"{stage} failed on rank {', '.join(map(str, failed))} of {self.net.size}"
         else:
-            said = [f"failed on rank {', '.join(map(str, failed))} of {size}"]
-        said += [f"rank {rank} says:\n{told[rank][2]}" for rank in failed[:1]]
-        return "; ".join(said)
+            lines = (f"rank {rank} of {self.net.size}: {place}: {word}" for rank, (place, word, _) in enumerate(told))
+            said = "\n".join(["the ranks have come to different ends", *lines])
+        return f"{said}; rank {failed[0]} says:\n{told[failed[0]][2]}" if failed else said
 
     def _compare_collections(self, session: pytest.Session, error: str) -> None:
         """Collective.
 
         Raises:
-            UsageError: on every rank, if the ranks have not collected alike.
+            UsageError: on rank 0, if the ranks have not collected alike.
+            Exit: on the others.
         """
         names = [item.nodeid for item in getattr(session, "items", [])]
-        digest = zlib.crc32("\n".join([*names, str(bool(error))]).encode())
-        alike = self._meetings.try_alike(digest, START_S)
-        if alike is None:
-            self._give_up(f"collected on {self._name}; others are not here yet\n{error}")
-        if alike:
+        digest = zlib.crc32("\n".join(names).encode())
+        outcome = f"{len(names)} tests ({digest:08x}){', failed' if error else ''}"
+        said = self._meet("the collection", outcome, error, START_S)
+        if not said:
             return
-        told = self._meetings.on_every_rank((error, names))
-        failed = [rank for rank, (text, _) in enumerate(told) if text]
-        size = self.net.size
-        if failed:
-            ranks = ", ".join(map(str, failed))
-            said = f"the collection failed on rank {ranks} of {size}; rank {failed[0]} says:\n{told[failed[0]][0]}"
-        else:
-            rank, other = next((rank, other) for rank, (_, other) in enumerate(told) if other != told[0][1])
-            pairs = zip([*told[0][1], "nothing"], [*other, "nothing"], strict=False)
+        if not self._parted and not any(told := self._meetings.on_every_rank(error)):
+            told = self._meetings.on_every_rank(names)
+            rank, other = next((rank, other) for rank, other in enumerate(told) if other != told[0])
+            pairs = zip([*told[0], "nothing"], [*other, "nothing"], strict=False)
             first, second = next(pair for pair in pairs if pair[0] != pair[1])
-            said = (
-                f"ranks have collected different tests: {len(told[0][1])} on rank 0, {len(other)} on rank {rank} of"
-                f" {size}; the first difference is {first} on rank 0, {second} on rank {rank}"
-            )
-        raise pytest.UsageError(said)
+            said += f"\nthe first difference is {first} on rank 0, {second} on rank {rank}"
+        self._parted = True
+        if self.net.is_server:
+            raise pytest.UsageError(said)
+        pytest.exit(said, returncode=pytest.ExitCode.USAGE_ERROR)
 
     # Ways to leave.
 
@@ -215,16 +211,14 @@ def await_ranks(environ: Mapping[str, str], proc: Path = Path("/proc")) -> None:
     if local_size != size:
         return  # other nodes have tables of their own
     (proc / "self" / "comm").write_bytes(_READY)  # the process's name is what others can see of it
-    end = time.monotonic() + START_S
-    seen: set[int] = set()
+    begun = time.monotonic()
     while True:
-        names = _names_of_ranks(variables[0], proc)
-        seen |= set(names)
-        gone = seen - set(names)
+        names, waited_s = _names_of_ranks(variables[0], proc), time.monotonic() - begun
+        gone = set(range(size)) - set(names) if waited_s > _LAUNCH_S else set()
         late = {other for other in range(size) if _READY not in names.get(other, ())}
         if not late:
             return
-        if gone or time.monotonic() > end:
+        if gone or waited_s > START_S:
             missing = sorted(gone or late)
             if rank == min(set(range(size)) - set(missing)):
                 why = "ended before its tests began: what it said stands above" if gone else f"not here in {START_S} s"

@@ -25,6 +25,7 @@ from fedmpi.core.collection import Collection
 from fedmpi.core.device import note_place
 from fedmpi.core.errors import LaunchError, TransferError
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
+from fedmpi.core.leftovers import remove_leftovers
 from fedmpi.core.messages import SERVER_RANK
 from fedmpi.core.schedule import helping
 from fedmpi.core.streams import settle, tell
@@ -74,6 +75,7 @@ class PackageProcessor(Collection):
         library = MPI.Get_library_version()
         if not MPI.Is_initialized():
             check_launcher(library, None)
+            remove_leftovers()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, on what is checked and refused below
                 MPI.Init_thread(MPI.THREAD_SERIALIZED)  # one thread talks to MPI, not always the main one
