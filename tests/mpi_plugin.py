@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,7 +25,8 @@ import pytest
 from fedmpi.core.comm import PackageProcessor
 
 PATIENCE_S = 20.0
-START_S = 45.0
+START_S = 30.0
+_TIMEOUT_S = 330.0  # more than pytest-timeout lets a test take
 _LAUNCH_S = 2.0  # a launcher has started all its ranks by then
 _READY = b"mpi-suite-ready"
 _LAUNCHERS = (
@@ -62,6 +64,9 @@ class Ranks:
             reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115  # open as long as the process lives
 
     # The phases of a session.
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self._last_words = str(excrepr)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -115,13 +120,17 @@ class Ranks:
             stage: where this rank is; if others are elsewhere, the ranks part.
             outcome: one word.
             text: the error, if there is one.
-            patience_s: how long to wait for the others; None: as long as they take, if all is well here.
+            patience_s: how long to wait for the others; None: as long as a test may take, if all is well here.
         """
         if self._parted:
             return ""
-        if patience_s is None and outcome != "passed":
-            patience_s = PATIENCE_S
+        if patience_s is None:
+            patience_s = _TIMEOUT_S if outcome == "passed" else PATIENCE_S
+        # pytest-timeout's alarm is for tests: it must not end the waiting for a rank whose test has run into it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         alike = self._meetings.try_alike(zlib.crc32(f"{stage} {outcome}".encode()), patience_s)
+        signal.sigtimedwait({signal.SIGALRM}, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if alike is None:
             self._give_up(f"{stage}: {outcome} on {self._name}; others are not here yet\n{text}")
         if alike:

@@ -5,7 +5,8 @@ Shapes: P vector entries, K clients in the cohort.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedmpi.core.messages import (
     pack_updates,
     unpack_updates,
 )
+from fedmpi.core.schedule import helping
 from fedmpi.core.tree import Tree
 
 Buffer = TypeVar("Buffer")
@@ -87,6 +89,35 @@ class Collection(Tree):
         with self.timeline.span("broadcast"):
             self._spread(vector)
         return vector
+
+    @property
+    def num_trainers(self) -> int:
+        """Ranks that train: all but the server, or the server itself when it is alone."""
+        return max(1, self.size - 1)
+
+    def begin_line(self) -> None:
+        """On the server, before the order that tells trainers to draw."""
+        self._count_on(0, replace=True)
+
+    def draw(self, count: int, least: Callable[[int], int]) -> Iterator[range]:
+        """One-sided. The places in a line of `count` that no rank has drawn yet, a few at a time, in ascending order.
+
+        How few: see `schedule.helping`. Every trainer draws until there are none.
+
+        Args:
+            count: places in the line.
+            least: about where the line has got to -> how many places to draw at least.
+        """
+        place = 0
+        while place < count:
+            num_places = helping(count - place, self.num_trainers, least(place))
+            place = self._count_on(num_places)
+            if place < count:
+                yield range(place, min(place + num_places, count))
+
+    @abstractmethod
+    def _count_on(self, operand: int, replace: bool = False) -> int:
+        """One-sided. Add to the server's counter, or set it; returns what it was."""
 
     def collect(self, order: Order, work: LocalWork, receiver: Receiver) -> None:
         """Collective. Bring to the server what the ranks did for `order`.

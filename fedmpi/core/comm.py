@@ -12,7 +12,6 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import mpi4py
@@ -27,7 +26,7 @@ from fedmpi.core.errors import LaunchError, TransferError
 from fedmpi.core.launcher import abort_through_hydra, check_launcher
 from fedmpi.core.leftovers import remove_leftovers
 from fedmpi.core.messages import SERVER_RANK
-from fedmpi.core.schedule import helping
+from fedmpi.core.single_copy import avoid_single_copy
 from fedmpi.core.streams import settle, tell
 from fedmpi.core.timeline import Span, Timeline
 from fedmpi.core.tree import as_bytes, pieces_of
@@ -76,6 +75,7 @@ class PackageProcessor(Collection):
         if not MPI.Is_initialized():
             check_launcher(library, None)
             remove_leftovers()
+            avoid_single_copy()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, on what is checked and refused below
                 MPI.Init_thread(MPI.THREAD_SERIALIZED)  # one thread talks to MPI, not always the main one
@@ -112,11 +112,6 @@ class PackageProcessor(Collection):
         """So many ranks share this node's cores, which decides how deeply a waiting rank sleeps."""
         self._waiting.ranks_per_core = num_ranks / num_cores
 
-    @property
-    def num_trainers(self) -> int:
-        """Ranks that train: all but the server, or the server itself when it is alone."""
-        return max(1, self.size - 1)
-
     def open_line(self) -> None:
         """Collective. Make ready for `begin_line` and `draw`."""
         self._counter = MPI.Win.Allocate(8 if self.is_server else 0, 8, comm=self._comm)
@@ -130,30 +125,10 @@ class PackageProcessor(Collection):
             self._counter.Free()
             self._counter = None
 
-    def begin_line(self) -> None:
-        """On the server, before the order that tells trainers to draw."""
-        self._count_on(0, MPI.REPLACE)
-
-    def draw(self, count: int, least: Callable[[int], int]) -> Iterator[range]:
-        """One-sided. The places in a line of `count` that no rank has drawn yet, a few at a time, in ascending order.
-
-        How few: see `schedule.helping`. Every trainer draws until there are none.
-
-        Args:
-            count: places in the line.
-            least: about where the line has got to -> how many places to draw at least.
-        """
-        place = 0
-        while place < count:
-            num_places = helping(count - place, self.num_trainers, least(place))
-            place = self._count_on(num_places, MPI.SUM)
-            if place < count:
-                yield range(place, min(place + num_places, count))
-
-    def _count_on(self, operand: int, operation: MPI.Op) -> int:
+    def _count_on(self, operand: int, replace: bool = False) -> int:
         assert self._counter is not None, "open_line comes first"
         value, got = np.array([operand], np.int64), np.empty(1, np.int64)
-        self._counter.Fetch_and_op(value, got, SERVER_RANK, 0, operation)
+        self._counter.Fetch_and_op(value, got, SERVER_RANK, 0, MPI.REPLACE if replace else MPI.SUM)
         self._counter.Flush(SERVER_RANK)  # done by this rank alone: within a node it is an atomic in shared memory
         return int(got[0])
 
