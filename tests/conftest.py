@@ -39,6 +39,11 @@ if UNDER_MPI:
     RANKS = Ranks()
 
 
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    if UNDER_MPI:
+        RANKS.plugins = pluginmanager
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     # A root of its own for tmp_path: pytest tidies the common one up, and two processes that do so at once trip over

@@ -41,13 +41,14 @@ class Ranks:
 
     Attributes:
         net: for the tests.
+        plugins: pytest's, once it has any.
     """
 
     def __init__(self) -> None:
         """Collective. Starts MPI."""
         self.net = PackageProcessor()
         self._meetings = PackageProcessor()  # apart from `net`, whose collectives a failed test may leave half done
-        self._config: pytest.Config | None = None
+        self.plugins: pytest.PytestPluginManager | None = None
         self._parted = False  # some rank has left: no more meetings
         self._errors: list[str] = []  # of the collection
         self._status = "no session"
@@ -58,7 +59,6 @@ class Ranks:
         atexit.register(self._end)
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        self._config = config
         reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and not self.net.is_server:  # rank 0 reports for all
             reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115  # open as long as the process lives
@@ -87,7 +87,7 @@ class Ranks:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: pytest.TestReport = yield
-        text = str(report.longrepr) if report.failed else ""
+        text = "" if report.passed else str(report.longrepr)
         said = self._meet(f"{report.when} of {report.nodeid}", report.outcome, text)
         if said:
             report.outcome, report.longrepr = "failed", said
@@ -127,12 +127,11 @@ class Ranks:
         if patience_s is None:
             patience_s = _TIMEOUT_S if outcome == "passed" else PATIENCE_S
         # pytest-timeout's alarm is for tests: it must not end the waiting for a rank whose test has run into it
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        alarm = signal.signal(signal.SIGALRM, signal.SIG_IGN)
         alike = self._meetings.try_alike(zlib.crc32(f"{stage} {outcome}".encode()), patience_s)
-        signal.sigtimedwait({signal.SIGALRM}, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGALRM, alarm)
         if alike is None:
-            self._give_up(f"{stage}: {outcome} on {self._name}; others are not here yet\n{text}")
+            self._give_up(f"{stage} {outcome} on {self._name}; others are not here yet\n{text}")
         if alike:
             return ""
         told = self._meetings.on_every_rank((stage, outcome, text))
@@ -177,7 +176,7 @@ class Ranks:
         return f"rank {self.net.rank} of {self.net.size}"
 
     def _give_up(self, text: str) -> NoReturn:
-        capture: Any = self._config and self._config.pluginmanager.get_plugin("capturemanager")
+        capture: Any = self.plugins and self.plugins.get_plugin("capturemanager")
         if capture:
             capture.suspend_global_capture(in_=True)
         os.write(2, f"\n{text}\n".encode(errors="backslashreplace"))
