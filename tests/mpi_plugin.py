@@ -53,7 +53,7 @@ class Ranks:
         self._errors: list[str] = []  # of the collection
         self._status = "no session"
         self._last_words = ""
-        self._exit, self._excepthook = os._exit, sys.excepthook
+        self._exit, self._excepthook, self._pid = os._exit, sys.excepthook, os.getpid()
         os._exit = self._leave_by_exit
         sys.excepthook = self._note_exception
         atexit.register(self._end)
@@ -185,7 +185,7 @@ class Ranks:
 
     def _leave_by_exit(self, status: int) -> NoReturn:
         """`os._exit`, by a test or a plugin, would leave the others waiting, or pass for a success."""
-        if not self._parted:
+        if not self._parted and os.getpid() == self._pid:
             stack = "".join(traceback.format_stack(limit=4)[:-1])
             self._give_up(f"{self._name} called os._exit({status})\n{stack}")
         self._exit(status)
@@ -196,6 +196,8 @@ class Ranks:
 
     def _end(self) -> None:
         """Collective, when Python exits: all ranks must do so at the end of the same tests."""
+        if os.getpid() != self._pid:
+            return
         said = self._meet("exit", f"{self._status}{', crashed' if self._last_words else ''}", self._last_words, START_S)
         if not said and not self._parted:
             return
