@@ -44,11 +44,11 @@ def option(default: object, text: str, group: str, bounds: str = "", result: boo
 
 
 def parse(
-    cls: type[C], argv: Sequence[str], prog: str, description: str, given: Mapping[str, object] | None = None
+    cls: type[C], argv: Sequence[str], prog: str, description: str, options: Mapping[str, object] | None = None
 ) -> C:
     """`argv` (without the program's name) as a `cls`; flags win over `--config FILE.yaml`, which wins over defaults.
 
-    `given`: values by option name, of a caller in Python; they win over the file.
+    `options`: values by name, of a caller in Python; they win over the file.
 
     Raises:
         ConfigError: one line that names option, value and what is wanted.
@@ -60,14 +60,15 @@ def parse(
     _check_words(argv)
     argv = list(argv)
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
-    config, named = {}, set(given or {})
+    config, given = {}, set()
     for path in _pop_config(argv):
         content, is_record = _read_options(path)
         config.update(content)
         # a record of ours lists every option, also those that nobody gave
-        named |= {name for name, value in content.items() if not is_record or value != defaults.get(name)}
-    named |= {name for name in defaults for word in argv if f"{word}=".startswith(f"{flag_of(name)}=")}
-    config.update(given or {})
+        given |= {name for name, value in content.items() if not is_record or value != defaults.get(name)}
+    config.update(options or {})
+    given |= set(options or {})
+    given |= {name for name in defaults for word in argv if f"{word}=".startswith(f"{flag_of(name)}=")}
     hints = get_type_hints(cls)
     bounds = {f.name: f.metadata["bounds"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # as above
     _check_plain(config, {name: _wanted(hints[name], bounds[name]) for name in defaults})
@@ -79,10 +80,12 @@ def parse(
     fields = {name: getattr(values, name) for name in defaults}
     for name, value in fields.items():
         _check_value(name, hints[name], bounds[name], value)
-        if value is not None and cls.__dataclass_fields__[name].metadata["path"]:  # type: ignore[attr-defined]  # a dataclass
-            fields[name] = os.path.expanduser(value)  # noqa: PTH111  # leaves what it does not know
+    paths = [f.name for f in dataclasses.fields(cls) if f.metadata["path"]]  # type: ignore[arg-type]  # C is one
+    for name in paths:
+        if fields[name] is not None:
+            fields[name] = os.path.expanduser(fields[name])  # noqa: PTH111  # leaves what it does not know
     parsed = cls(**fields)
-    for check, arguments in (("check", ()), ("check_given", (frozenset(named),))):
+    for check, arguments in (("check", ()), ("check_given", (frozenset(given),))):
         if hasattr(parsed, check):
             getattr(parsed, check)(*arguments)
     return parsed
@@ -155,7 +158,7 @@ def _parser(cls: type[Any], prog: str, description: str) -> Any:
 
 
 def _check_plain(config: Mapping[str, object], wanted: Mapping[str, str]) -> None:
-    """Refuse in YAML what no option can hold, before the parser looks at it.
+    """Refuse in YAML, or of a caller, what no option can hold, before the parser looks at it.
 
     Raises:
         ConfigError: names the option.

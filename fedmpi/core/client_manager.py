@@ -189,5 +189,5 @@ class ClientPassiveManager(NetworkManager):
         renew = self._visits.renewal(order.round_idx, vector, order.integer_state)
         with self.net.timeline.span("evaluate"):
             metrics = self.evaluator.evaluate(model, *share, renew)
-        check_views(model)
+        check_views(model, self.trainer.model_parameters)
         return LocalWork(metrics=metrics)

@@ -303,7 +303,7 @@ class ServerManager(NetworkManager):
         self._result = torch.empty(0, device="cpu")
         trained = [(update.num_samples, update.seconds) for update in self._updates]
         self._costs.observe(*(np.array(column) for column in zip(*trained, strict=True)))
-        check_views(handler.model)
+        check_views(handler.model, vector)
         handler.update_integer_state([update.integer_state for update in self._updates])
         finite = torch.isfinite(vector)
         finite[self._num_trainable :] |= buffers.view(torch.int32) == before.view(torch.int32)  # a mask of -inf

@@ -23,10 +23,10 @@ def remember_views(model: nn.Module, vector: Tensor) -> None:
     """
     views = _Views(model, vector)
     for other, others in _views.items():
-        if other is not model and (shared := views.entries.keys() & others.entries.keys()):
+        shared = [name for part, name in views.entries.items() if part in others.entries]
+        if other is not model and shared:
             raise ModelError(
-                f"{views.entries[min(shared)]!r} is part of two models: the model's function must make new modules at"
-                " each call"
+                f"{shared[0]!r} is part of two models: the model's function must make new modules at each call"
             )
     _views[model] = views
 

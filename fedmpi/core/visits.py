@@ -80,7 +80,7 @@ class Visits:
         else:
             trainer.train(vector)
         if not trainer.stateless_model:
-            check_views(trainer.model)
+            check_views(trainer.model, trainer.model_parameters)
         return trainer.model_parameters.detach()
 
     def _tell(self, names: list[str]) -> None:
