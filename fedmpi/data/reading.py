@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from fedmpi.core import files
+
 MAX_DATA_BYTES = 2**28
 """Limit for one file, or one unpacked archive, of a data set; CIFAR-10's largest has 154 MB."""
 
@@ -20,20 +22,13 @@ def open_regular(path: str | Path, max_bytes: int) -> BinaryIO:
         OSError: it cannot be read, is no regular file (a pipe would wait for ever), or too long. `strerror` says so.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        descriptor = files.open_regular(Path(path), follow=True)
     except ValueError as error:  # a null byte in the name
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
-    found = os.fstat(descriptor)
-    problem: OSError | None = None
-    if stat.S_ISDIR(found.st_mode):
-        problem = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    elif not stat.S_ISREG(found.st_mode):
-        problem = OSError(errno.EINVAL, "It is no regular file")
-    elif found.st_size > max_bytes:
-        problem = OSError(errno.EFBIG, f"It has {found.st_size} bytes, at most {max_bytes} are read")
-    if problem is not None:
+    size = os.fstat(descriptor).st_size
+    if size > max_bytes:
         os.close(descriptor)
-        raise problem
+        raise OSError(errno.EFBIG, f"it has {size} bytes, at most {max_bytes} are read")
     return os.fdopen(descriptor, "rb")
 
 
@@ -53,7 +48,7 @@ def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
     with open_regular(path, max_bytes) as file:
         size = os.fstat(file.fileno()).st_size
         if size and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size:
-            raise OSError(errno.EINVAL, "It has holes: parts of it were never written")
+            raise OSError(errno.EINVAL, "it has holes: parts of it were never written")
         os.lseek(file.fileno(), 0, os.SEEK_SET)
         try:
             return file.read(size)

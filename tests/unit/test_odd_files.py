@@ -45,10 +45,10 @@ def put_device(path: Path) -> None:
 
 ODD = {
     "folder": (Path.mkdir, "Is a directory"),
-    "pipe": (put_fifo, "It is no regular file"),
-    "device": (put_device, "It is no regular file"),
-    "sparse": (put_sparse, "It has (200000000000 bytes, at most|holes)"),
-    "holes": (put_holes, "It has (67108864 bytes, at most|holes)"),
+    "pipe": (put_fifo, "it is no regular file"),
+    "device": (put_device, "it is no regular file"),
+    "sparse": (put_sparse, "it has (200000000000 bytes, at most|holes)"),
+    "holes": (put_holes, "it has (67108864 bytes, at most|holes)"),
     "link to itself": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
 }
 
