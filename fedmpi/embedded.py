@@ -32,7 +32,7 @@ from fedmpi.options import parse
 
 if TYPE_CHECKING:
     from fedmpi.core.comm import PackageProcessor
-    from fedmpi.job import Outcome
+    from fedmpi.outcome import Outcome
 
 _busy = threading.Lock()
 

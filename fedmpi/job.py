@@ -20,7 +20,7 @@ from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.comm import PackageProcessor, library_version
 from fedmpi.core.ending import say
-from fedmpi.core.errors import EXIT_DONE, FedmpiError
+from fedmpi.core.errors import EXIT_DONE
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.layout import memory_format_of
@@ -30,7 +30,6 @@ from fedmpi.core.server_manager import ServerManager
 from fedmpi.core.stopping import Deadline, StopSignals
 from fedmpi.core.timeline import chrome_trace
 from fedmpi.core.trainer import ClientTrainer
-from fedmpi.core.vector import vector_hash
 from fedmpi.core.visits import put_back_note
 from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.client_data import ClientData, test_evaluator
@@ -42,6 +41,7 @@ from fedmpi.logs import SUMMARY
 from fedmpi.machine import find_machine
 from fedmpi.models import build_model
 from fedmpi.options import result_hash
+from fedmpi.outcome import Outcome, outcome_of
 from fedmpi.report.banner import banner
 from fedmpi.report.identity import functions_of, identity, sources
 from fedmpi.report.progress import Progress
@@ -87,23 +87,6 @@ class Halves:
         return half.model
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a job.
-
-    Attributes:
-        exit_code: the same on every rank.
-        folder: of the run; on the server only, as what follows.
-        model_hash: of the global model, finished or not.
-        failure: why the run diverged, if it did.
-    """
-
-    exit_code: int
-    folder: Path | None = None
-    model_hash: str = ""
-    failure: FedmpiError | None = None
-
-
 def run_job(
     net: PackageProcessor,
     algorithm: str,
@@ -135,7 +118,7 @@ def run_job(
     folder = net.on_root(lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
     try:
         if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
-            return outcome_of(EXIT_DONE, folder, halves.handler)
+            return outcome_of(EXIT_DONE, folder.path if folder else None, halves.handler)
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
         functions: dict[str, list[object]] = {
@@ -198,25 +181,13 @@ def run_job(
             spans = net.gather_timeline()
             net.on_root(lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
         failure = manager.failure if isinstance(manager, ServerManager) else None
-        outcome = outcome_of(code, folder, halves.handler, failure)
+        outcome = outcome_of(code, folder.path if folder else None, halves.handler, failure)
         if folder is not None and code == EXIT_DONE:
             logger.log(SUMMARY, "%s", progress.summary(outcome.model_hash, folder.path))
         return outcome
     finally:
         if folder is not None:
             folder.close()
-
-
-def outcome_of(
-    code: int,
-    folder: RunFolder | None,
-    handler: SyncParameterServerHandler | None,
-    failure: FedmpiError | None = None,
-) -> Outcome:
-    """The outcome as this rank knows it."""
-    if folder is None or handler is None:
-        return Outcome(code)
-    return Outcome(code, folder.path, vector_hash(handler.model.state_dict()), failure)
 
 
 def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None, rounds: int) -> bool:

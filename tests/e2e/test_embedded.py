@@ -13,7 +13,7 @@ from tests.e2e.conftest import clean_environment, mpiexec
 SMALL = "dataset='synthetic', model='2nn', num_clients=20, cohort_size=7, rounds=3"
 
 PROGRAM = f"""
-import logging, os, random, signal, sys, threading, time
+import itertools, logging, os, random, signal, sys, threading, time
 import numpy as np, torch
 import fedmpi
 from fedmpi.core.errors import ConfigError, DivergedError, LaunchError
@@ -32,6 +32,8 @@ def raised(**options):
         return error
     raise AssertionError(options)
 
+pending, calls = [], None  # no attributes: those of a model are put back before each client
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -44,9 +46,8 @@ class Signals(torch.nn.Module):
         super().__init__()
         self.layer = torch.nn.Linear(784, 10)
     def forward(self, x):
-        Signals.calls += 1
-        if Signals.calls == 50:  # of 70 steps in round 0
-            os.kill(os.getpid(), Signals.number)
+        if pending and next(calls) == 50:  # of 70 steps in round 0
+            os.kill(os.getpid(), pending.pop())
         return self.layer(x.flatten(1))
 
 def broken(shape, classes):
@@ -100,12 +101,12 @@ INTERRUPT = """
 for number in (signal.SIGINT, signal.SIGTERM):
     taken = []
     handler = signal.signal(number, lambda n, frame: taken.append(n))
-    Signals.number, Signals.calls = number, 0
+    pending, calls = [number], itertools.count()
     done = fedmpi.run(**small | dict(model="__main__:signalling", rounds=100000), run_dir=f"run{number}")
     assert (taken, done.exit_code) == ([number], 75), (taken, done)
     assert 1 <= len(done.history) <= 2
     signal.signal(number, handler)
-Signals.number, Signals.calls = signal.SIGINT, 0
+pending, calls = [signal.SIGINT], itertools.count()
 try:
     fedmpi.run(**small | dict(model="__main__:signalling"), run_dir="again")
 except KeyboardInterrupt:

@@ -18,9 +18,10 @@ ALLOWED = {
     "bench": {"launch", "fedavg", "job", "machine", "config", "data", "logs", "core"},
     "fedavg": {"launch", "job", "config", "data", "engines", "core"},
     # the wiring
-    "embedded": {"launch", "job", "config", "options", "logs", "core"},
+    "embedded": {"launch", "job", "outcome", "config", "options", "logs", "core"},
     "launch": {"job", "config", "options", "data", "logs", "core"},
-    "job": {"config", "options", "data", "models", "report", "logs", "machine", "core", "version"},
+    "job": {"config", "options", "data", "models", "report", "logs", "machine", "core", "outcome", "version"},
+    "outcome": {"core"},
     "machine": {"config", "core"},
     # rooms beside each other
     "report": {"config", "options", "data", "core"},

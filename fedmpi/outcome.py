@@ -1,0 +1,39 @@
+"""The end of a job, as the program that started it learns of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmpi.core.errors import FedmpiError
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.vector import vector_hash
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a job.
+
+    Attributes:
+        exit_code: the same on every rank.
+        folder: of the run; on the server only, as what follows.
+        model_hash: of the global model, finished or not.
+        failure: why the run diverged, if it did.
+    """
+
+    exit_code: int
+    folder: Path | None = None
+    model_hash: str = ""
+    failure: FedmpiError | None = None
+
+
+def outcome_of(
+    code: int,
+    folder: Path | None,
+    handler: SyncParameterServerHandler | None,
+    failure: FedmpiError | None = None,
+) -> Outcome:
+    """The outcome as this rank knows it."""
+    if folder is None or handler is None:
+        return Outcome(code)
+    return Outcome(code, folder, vector_hash(handler.model.state_dict()), failure)
