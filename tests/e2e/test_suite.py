@@ -24,7 +24,7 @@ def suite(job, tmp_path):
         (tmp_path / "tests" / "spmd" / "test_mine.py").write_text(HERE + text)
         for file, lines in ((tmp_path / "tests" / "spmd", conftest), (tmp_path / "tests", root)):
             before, mark, after = (file / "conftest.py").read_text().partition("\nimport pytest\n")
-            (file / "conftest.py").write_text(before + mark + (HERE + lines if lines else "") + after)
+            (file / "conftest.py").write_text(before + mark + (f"{HERE}{lines}\n" if lines else "") + after)
         words = ("-m", "pytest", "tests/spmd", "-q")
         others = (mpiexec(), "-n", "2", sys.executable, *words, ":", "-n", "1") if options else None
         return job(3, *words[2:], *options, program=words[:2], launcher=others, cwd=tmp_path)
@@ -103,7 +103,8 @@ def test_an_error_of_any_phase_on_one_rank_ends_the_run_and_is_told(suite, case)
     assert result.code != 0, result.text
     assert result.seconds < 60
     assert "rank 2" in result.text, result.text
-    told = [key for key in ("boom", "KeyboardInterrupt", "SystemExit", "os._exit(0)", "Timeout") if key in result.text]
+    words = ("boom", "first difference", "KeyboardInterrupt", "SystemExit", "os._exit(0)", "Timeout")
+    told = [word for word in words if word in result.text]
     wordless = ("other tests", "sys.exit before MPI", "plugin switched off", "double plugin")
     assert told or case in wordless, result.text
 
