@@ -30,7 +30,7 @@ from fedmpi.core.single_copy import avoid_single_copy
 from fedmpi.core.streams import settle, tell
 from fedmpi.core.timeline import Span, Timeline
 from fedmpi.core.tree import as_bytes, pieces_of
-from fedmpi.core.waiting import Request, Waiting
+from fedmpi.core.waiting import Arrival, Request, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # else UCX takes SIGHUP for the wish to print megabytes of its own log
@@ -159,11 +159,11 @@ class PackageProcessor(Collection):
             TransferError: on this rank, if the buffer is unfit, or more or less has come than it holds.
         """
         check_buffer(array, written=True)
-        arrival = _Arrival(self._comm.Irecv(as_bytes(array), rank))
+        status = MPI.Status()
         came: int | str = "more"
         try:
-            self._wait_for(rank, arrival)
-            came = arrival.num_bytes
+            self._wait_for(rank, Arrival(self._comm.Irecv(as_bytes(array), rank), status))
+            came = status.Get_count(MPI.BYTE)
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
                 raise
@@ -281,21 +281,6 @@ class PackageProcessor(Collection):
     def count_bytes(self, num_bytes: int) -> None:
         if self.size > 1:
             self.bytes_sent += num_bytes
-
-
-class _Arrival:
-    """A message that is on its way to this rank, and how long it was."""
-
-    def __init__(self, request: MPI.Request) -> None:
-        self._request, self._status = request, MPI.Status()
-
-    def Test(self) -> bool:  # noqa: N802  # mpi4py's name
-        return bool(self._request.Test(self._status))
-
-    @property
-    def num_bytes(self) -> int:
-        """Once it is here."""
-        return int(self._status.Get_count(MPI.BYTE))
 
 
 def library_version() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedmpi.core.errors import PeerLostError
 
@@ -26,6 +26,18 @@ class Request(Protocol):
 
     def Test(self) -> bool:  # noqa: N802  # mpi4py's name
         """Whether it is done; makes progress."""
+
+
+class Arrival:
+    """A message on its way to this rank; once it is here, `status` knows its length."""
+
+    def __init__(self, request: Any, status: object) -> None:
+        """Over an MPI request and an MPI status."""
+        self._request, self._status = request, status
+
+    def Test(self) -> bool:  # noqa: N802  # mpi4py's name
+        """Return True once it is here; makes progress."""
+        return bool(self._request.Test(self._status))
 
 
 class Waiting:
