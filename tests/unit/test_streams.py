@@ -79,6 +79,7 @@ def test_last_words_that_nobody_reads_do_not_hold_the_one_who_speaks() -> None:
         begun = time.monotonic()
         streams.tell(b"why the job ends", 0.2)
         assert time.monotonic() - begun < 2
+        time.sleep(0.5)  # until its thread has given up as well: standard error is about to be the real one
 
 
 def test_a_thread_is_stuck_while_it_prints_what_nobody_reads() -> None:
