@@ -8,11 +8,14 @@ closures, iterators, files and objects of other people's libraries is out of sig
 
 from __future__ import annotations
 
+import argparse
+import functools
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable, Iterator, MutableMapping
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,18 @@ from torch import Tensor, nn
 
 from fedmpi.core.contents import MUTABLE, ClassFields, SlotFields, equal
 
-_DEEPEST = 30
+_DEEPEST = 100
 """Levels of objects within objects; further down only their identity counts."""
 
 _PLAIN = (int, float, complex, str, bytes, np.generic, frozenset)
-_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, sub-modules, training
+_TORCHS_OWN = frozenset(
+    {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"}
+)  # hooks of a module are attributes like others: one that a forward pass adds would be there for the next client
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-_OPENED = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_OPENED = (
+    nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, SimpleNamespace, argparse.Namespace,
+    UserDict, UserList, ChainMap, functools.partial, FunctionType, MethodType,
+)  # fmt: skip
 
 
 class Attributes:
@@ -42,13 +50,17 @@ class Attributes:
             apart: names of attributes of `owner` that do not count.
         """
         modules = dict(model.named_modules())
-        walk = _Walk({id(part) for part in (*modules.values(), *model.parameters(), *model.buffers())})
+        parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        walk = _Walk({id(part) for part in (*modules.values(), *parts.values())}, owner is None)
         if owner is not None:
             walk.package = _package(owner)
             self._kept = list(walk.fields("", owner, apart))
         else:
             walk.package = _package(model)
             self._kept = [pair for name, module in modules.items() for pair in walk.fields(name, module, _TORCHS_OWN)]
+        for name, part in parts.items():
+            self._kept.append((name, _Fields(_dict_of(part), frozenset(), walk)))
+            self._kept.append((name, _TensorHooks(part)))
 
     def changed(self) -> list[str]:
         """Names of the attributes that differ now; a tensor where there was none is a kept activation and not named."""
@@ -63,18 +75,27 @@ class Attributes:
 class _Walk:
     """What has been met on the way through the attributes."""
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: set[int], activations: bool) -> None:
         self.known, self.package, self.depth = known, "", 0
+        self.activations = activations  # a tensor where there was none is no change
 
     def fields(self, name: str, value: object, apart: frozenset[str] = frozenset()) -> Iterator[tuple[str, _Kept]]:
         """`value`'s attributes under its name: its own, those in slots, and those of its user's classes."""
         if hasattr(value, "__dict__"):
             yield name, _Fields(_dict_of(value), apart, self)
+        if isinstance(value, functools.partial):
+            inside = {"func": value.func, "args": value.args, "keywords": value.keywords}
+            yield name, _Fields(inside, frozenset(), self)
+        if isinstance(value, MethodType):
+            yield name, _Fields({"self": value.__self__}, frozenset(), self)
         for cls in filter(self._is_users, type(value).__mro__):
             yield name, _Fields(SlotFields(value, cls), apart, self)
             if id(cls) not in self.known:
                 self.known.add(id(cls))
                 yield name, _Fields(ClassFields(cls), apart, self)
+                methods = [item for item in vars(cls).values() if isinstance(item, FunctionType)]
+                defaults = {method.__name__: (method.__defaults__, method.__kwdefaults__) for method in methods}
+                yield name, _Fields(defaults, frozenset(), self)
 
     def keep(self, value: Any) -> _Kept:
         """`value` as it is now. What was met before counts by identity, so that circles end."""
@@ -184,17 +205,19 @@ class _Fields(_Kept):
     """Attributes by name."""
 
     def __init__(self, value: MutableMapping[str, Any], apart: frozenset[str], walk: _Walk) -> None:
-        self.value, self._apart = value, apart
+        self.value, self._apart, self._activations = value, apart, walk.activations
         self._items = {name: walk.keep(item) for name, item in value.items() if name not in apart}
 
     def names(self, prefix: str) -> Iterator[str]:
         dot = f"{prefix}." if prefix else ""
         for name, kept in self._items.items():
             now = self.value.get(name)
-            activation = isinstance(now, Tensor) and kept.value is None
+            activation = self._activations and isinstance(now, Tensor) and kept.value is None
             if (name not in self.value or kept.differs(now)) and not activation:
                 yield dot + name
-        yield from (dot + name for name in self._new() if not isinstance(self.value[name], Tensor))
+        for name in self._new():
+            if not (self._activations and isinstance(self.value[name], Tensor)):
+                yield dot + name
 
     def differs(self, now: Any) -> bool:
         return any(True for _ in self.names(""))
@@ -210,6 +233,35 @@ class _Fields(_Kept):
 
     def _new(self) -> list[str]:
         return [name for name in self.value if name not in self._items and name not in self._apart]
+
+
+class _TensorHooks(_Kept):
+    """The hooks of a parameter or buffer."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._before = self._hooks()
+
+    def _hooks(self) -> list[dict[int, Any]]:
+        return [
+            dict(getattr(self.value, name, None) or {}) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
+        ]
+
+    def names(self, prefix: str) -> Iterator[str]:
+        if self.differs(self.value):
+            yield f"hooks of {prefix}"
+
+    def differs(self, now: Any) -> bool:
+        return self._hooks() != self._before
+
+    def put_back(self, seed: int | None) -> Any:
+        if self.differs(self.value):
+            for name, before in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), self._before, strict=True):
+                held = getattr(self.value, name, None)
+                if held is not None:
+                    held.clear()
+                    held.update(before)
+        return self.value
 
 
 class _Object(_Kept):

@@ -141,8 +141,7 @@ class ClientPassiveManager(NetworkManager):
         seconds = time.perf_counter() - started
         work.updates.append(ClientUpdate(client_id, num_samples, self.trainer.loss, seconds, bin_idx, state))
         if self._leak_check is not None:
-            self._leak_check.after_first_visit(order, vector)
-            self._leak_check = None
+            self._leak_check.after_visit(order, vector)
 
     def _train_together(
         self, order: Order, vector: torch.Tensor, client_ids: list[int], exact: ExactSum, work: LocalWork

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import random
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
@@ -40,10 +41,11 @@ class SlotFields(MutableMapping[str, Any]):
     def __init__(self, owner: object, cls: type) -> None:
         """Of `owner`, in the slots that `cls` itself names."""
         slots = vars(cls).get("__slots__", ())
-        self._owner, self._names = owner, [slots] if isinstance(slots, str) else list(slots)
+        names = [slots] if isinstance(slots, str) else list(slots)
+        self._owner, self._names = owner, [_mangled(name, cls) for name in names]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if name[:2] != "__" and hasattr(self._owner, name))
+        return (name for name in self._names if name[-2:] != "__" and hasattr(self._owner, name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -61,6 +63,11 @@ class SlotFields(MutableMapping[str, Any]):
         delattr(self._owner, name)
 
 
+def _mangled(name: str, cls: type) -> str:
+    private = name[:2] == "__" and name[-2:] != "__"
+    return f"_{cls.__name__.lstrip('_')}{name}" if private else name
+
+
 def _is_method(item: object) -> bool:
     return isinstance(item, type) or hasattr(type(item), "__get__")
 
@@ -68,7 +75,11 @@ def _is_method(item: object) -> bool:
 def equal(one: Any, other: Any) -> bool:
     """Return True for equal contents; of tensors and arrays the bits are compared."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        alike = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
+        alike = (one.dtype, one.shape, one.device, one.layout) == (other.dtype, other.shape, other.device, other.layout)
+        if alike and one.layout != torch.strided:
+            one, other = one.to_dense(), other.to_dense()
+        if alike and one.is_quantized:
+            one, other = one.int_repr(), other.int_repr()
         return alike and torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
@@ -79,28 +90,29 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _read_tensor(tensor: Tensor) -> Tensor | None:
+def _read_tensor(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized:
-        return None
+        return tensor.detach().clone()
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _set_tensor(tensor: Tensor, content: Tensor, _seed: int | None) -> None:
-    if tensor.shape == content.shape and tensor.dtype == content.dtype and tensor.is_contiguous():
+    alike = tensor.shape == content.shape and tensor.dtype == content.dtype
+    if alike and tensor.layout == torch.strided and tensor.is_contiguous():
         tensor.data.copy_(content)
     else:
         tensor.data = content.clone()
 
 
-def _read_array(array: Any) -> Any:
-    """None for what cannot change: a read-only array, among them a mapped file; and for one of objects."""
-    return array.copy() if array.flags.writeable and not array.dtype.hasobject else None
+def _read_array(values: Any) -> Any:
+    """None for what cannot change: a read-only array, among them a mapped file."""
+    return values.copy() if values.flags.writeable else None
 
 
-def _set_array(array: Any, content: Any, _seed: int | None) -> None:
-    if array.shape != content.shape:
-        array.resize(content.shape, refcheck=False)
-    array[...] = content
+def _set_array(values: Any, content: Any, _seed: int | None) -> None:
+    if values.shape != content.shape:
+        values.resize(content.shape, refcheck=False)
+    values[...] = content
 
 
 def _set_items(container: Any, content: Any, _seed: int | None) -> None:
@@ -142,6 +154,7 @@ MUTABLE: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any, int | None]
     (np.ndarray, _read_array, _set_array),
     (set, set, _set_items),
     (bytearray, bytes, _set_items),
+    (array.array, lambda numbers: numbers[:], _set_items),
     (torch.Generator, torch.Generator.get_state, _set_torch_generator),
     (np.random.Generator, lambda generator: generator.bit_generator.state, _set_numpy_generator),
     (np.random.RandomState, np.random.RandomState.get_state, _set_random_state),

@@ -70,6 +70,7 @@ class Visits:
         if self._base is not type(trainer):  # a user's own class, which may leave out what ours does
             self._base.begin_client(trainer, round_idx, client_id)  # type: ignore[attr-defined]  # a ClientTrainer
             trainer.model_parameters.copy_(vector)
+            vector = vector.clone()  # which it may write into
             for param in trainer.model.parameters():
                 param.grad = None
         trainer.begin_client(round_idx, client_id)
@@ -121,13 +122,16 @@ class LeakCheck:
         """Remember the trainer's own attributes as they are before the first visit."""
         self._visits = visits
         self._before = self._attributes()
+        self._tried: set[str] = set()
 
     def _attributes(self) -> Attributes:
         trainer = self._visits.trainer
         return Attributes(trainer.model, trainer, trainer.own_fields)
 
-    def after_first_visit(self, order: Order, vector: Tensor) -> None:
-        """If attributes have changed, train the smallest client of the cohort before and after another one.
+    def after_visit(self, order: Order, vector: Tensor) -> None:
+        """If further attributes have changed, train the smallest client of the cohort twice, others in between.
+
+        Those start from another vector and in another round, so that what is kept of them is not what comes again.
 
         Args:
             order: of the round at hand.
@@ -136,21 +140,25 @@ class LeakCheck:
         Raises:
             ConfigError: the client came to other bits; names the attributes.
         """
-        names = self._before.changed()
+        names = [name for name in self._before.changed() if name not in self._tried]
         if not names:
             return
+        self._tried.update(names)
         trainer, after = self._visits.trainer, self._attributes()
-        sizes = trainer.num_samples(order.cohort)
+        sizes = np.asarray(trainer.num_samples(order.cohort))
         small = int(order.cohort[np.argmin(np.where(sizes > 0, sizes, np.iinfo(np.int64).max))])
         other = next((k for k in order.cohort.tolist() if k != small), small + 1 if small == 0 else small - 1)
+        elsewhere = vector * 1.01 + 0.01
 
-        def train(client_id: int) -> Tensor:
-            return self._visits.train(order.round_idx, client_id, vector, order.integer_state, epochs=1).clone()
+        def train(client_id: int, start: Tensor, later: int) -> Tensor:
+            visit = (order.round_idx + later, client_id, start, order.integer_state)
+            return self._visits.train(*visit, epochs=1).clone()
 
         self._before.put_back()
-        first = train(small)
-        train(other)
-        second = train(small)
+        first = train(small, vector, 0)
+        train(other, elsewhere, 1)
+        train(small, elsewhere, 1)
+        second = train(small, vector, 0)
         after.put_back()
         if not torch.equal(first.view(torch.int32), second.view(torch.int32)):
             raise ConfigError(

@@ -142,7 +142,8 @@ def test_ctrl_c(start, times):
 def test_divergence_is_code_3_and_names_client_and_round(job, num_ranks):
     result = job(num_ranks, *SMALL, "--client-lr", "1e30")
     assert result.code == 3, result.text
-    said = [line for line in result.err.splitlines() if "not finite after training in round 0: lower --client-lr" in line]
+    wanted = "not finite after training in round 0: lower --client-lr"
+    said = [line for line in result.err.splitlines() if wanted in line]
     assert len(said) == 1, result.text
     assert "fedmpi: ERROR: the models of clients " in said[0]
     assert "Traceback" not in result.text

@@ -368,9 +368,7 @@ def test_a_trainer_that_keeps_something_is_tried_unless_each_client_has_a_rank(n
         return Kept(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
 
     tried = []
-    monkeypatch.setattr(
-        visits.LeakCheck, "after_first_visit", lambda self, order, vector: tried.append(order.round_idx)
-    )
+    monkeypatch.setattr(visits.LeakCheck, "after_visit", lambda self, order, vector: tried.append(order.round_idx))
     train(net, make_trainer=make, rounds=1, cohort_size=NUM_CLIENTS)
     agree(bool(tried) == (net.size == 1 or not net.is_server), tried)
     tried.clear()

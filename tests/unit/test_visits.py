@@ -178,7 +178,7 @@ def try_leaks(trainer: ClientTrainer, *cohort: int) -> None:
     check = LeakCheck(visits)
     start = trainer.model_parameters.clone()
     visits.train(0, cohort[0], start, NO_STATE)
-    check.after_first_visit(order(*cohort), start)
+    check.after_visit(order(*cohort), start)
 
 
 class Kept(ClientSGDTrainer):
