@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedmpi.core.client_manager import ClientPassiveManager
     from fedmpi.core.comm import PackageProcessor
     from fedmpi.core.ending import abort_on_crash
+    from fedmpi.core.errors import FedmpiError
     from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
     from fedmpi.core.manager import NetworkManager
     from fedmpi.core.messages import MessageCode
@@ -39,6 +40,7 @@ _HOME = {
     "ClientPassiveManager": "core.client_manager",
     "ClientSGDTrainer": "core.trainer",
     "ClientTrainer": "core.trainer",
+    "FedmpiError": "core.errors",
     "MessageCode": "core.messages",
     "NetworkManager": "core.manager",
     "PackageProcessor": "core.comm",
@@ -61,6 +63,7 @@ __all__ = [
     "ClientPassiveManager",
     "ClientSGDTrainer",
     "ClientTrainer",
+    "FedmpiError",
     "MessageCode",
     "NetworkManager",
     "PackageProcessor",

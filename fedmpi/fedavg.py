@@ -44,6 +44,7 @@ class FedAvgTrainer(ClientTrainer):
 
     own_fields = ClientTrainer.own_fields | {
         "data", "config", "engine", "memory_format", "stateless_model", "changed_attributes", "_shuffles", "_is_plain",
+        "_checked_round",
     }  # fmt: skip
 
     def __init__(self, model: nn.Module, data: ClientData, config: RunConfig, device: torch.device) -> None:
@@ -64,6 +65,7 @@ class FedAvgTrainer(ClientTrainer):
         self.engine, self.engine_note = choose_engine(config.engine, self.model, data.input_shape, *sgd, smallest)
         self.memory_format = memory_format_of(self.model)
         self._shuffles = torch.Generator("cpu")
+        self._checked_round = -1
         self.stateless_model = self._is_plain and why_not(self.model) is None
 
     def begin_client(self, round_idx: int, client_id: int) -> None:
@@ -82,6 +84,7 @@ class FedAvgTrainer(ClientTrainer):
     def single_steps(self, client_ids: Sequence[int], model_parameters: Tensor) -> SingleSteps:
         """The step of `train`; a single batch needs no shuffling."""
         assert self.engine.single_steps is not None
+        self._check_still_plain()
         held = [self.data.partition[client_id] for client_id in client_ids]
         inputs, labels = self.data.take(np.concatenate(held))
         return self.engine.single_steps.run(model_parameters, inputs, labels, [len(each) for each in held])
@@ -97,8 +100,9 @@ class FedAvgTrainer(ClientTrainer):
         n = len(self.data.partition[self.client_id])
         if not n:
             return
-        if not self._is_plain and self.config.engine == "auto" and not self.engine.runs_model:
+        if not self._is_plain or self._checked_round != self.round_idx:  # nobody else's code runs in between
             self._check_still_plain()
+            self._checked_round = self.round_idx
         shuffles = self._shuffles.manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
         losses: list[float] = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
@@ -138,6 +142,13 @@ class FedAvgTrainer(ClientTrainer):
         return smallest, changed
 
     def _check_still_plain(self) -> None:
+        """See that the model is still the stack for which the engine was chosen.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if self.config.engine != "auto" or self.engine.runs_model:
+            return
         reason = why_not(self.model)
         if reason is not None:
             raise ModelError(

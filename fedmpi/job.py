@@ -39,7 +39,7 @@ from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import map_split
 from fedmpi.logs import SUMMARY
 from fedmpi.machine import find_machine
-from fedmpi.models import build_model
+from fedmpi.models import build_model, model_function
 from fedmpi.options import result_hash
 from fedmpi.outcome import Outcome, outcome_of
 from fedmpi.report.banner import banner
@@ -122,7 +122,7 @@ def run_job(
         engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
         changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
         functions: dict[str, list[object]] = {
-            "model": functions_of(config.model, halves.model),
+            "model": functions_of(model_function(config.model) if ":" in config.model else None, halves.model),
             "trainer": [recipe.trainer, type(halves.trainer)],
             "handler": [recipe.handler, type(halves.handler)],
             "algorithm": [importlib.import_module(module)],

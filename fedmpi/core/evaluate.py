@@ -56,19 +56,22 @@ class Evaluator:
         return -(-self.num_samples // CHUNK_SIZE)
 
     def evaluate(
-        self, model: nn.Module, share: int, num_shares: int, renew: Callable[[int], None] = lambda _: None
+        self, model: nn.Module, share: int, num_shares: int, renew: Callable[[int], None] | None = None
     ) -> NDArray[np.int64]:
         """(4,) int64 over chunks share::num_shares: samples, correct, fixed-point loss, samples with a non-finite loss.
 
-        Restores the model's training mode. `renew` is called with each chunk's number before it.
+        Restores the model's training mode. `renew`, for a model that may keep something, is called before each chunk,
+        with its number.
         """
         training = model.training
         model.eval()
         correct, losses = [], [torch.empty(0, dtype=torch.float32, device="cpu")]
         with torch.no_grad():
             for chunk in range(share, self.num_chunks, num_shares):
-                renew(chunk)
                 inputs, labels = self._chunk(chunk)
+                if renew is not None:
+                    renew(chunk)
+                    inputs = inputs.clone()  # a user's forward may work in place
                 logits = model(inputs)
                 correct.append(logits.argmax(1) == labels)
                 pulse.beat()

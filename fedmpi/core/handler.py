@@ -9,7 +9,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -69,7 +69,12 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
             >= 0, in the order of the ids it returns).
         client_sizes: (N,) sample counts of all clients, set before the first round.
         metrics: the last evaluation of the global model, None before the first.
+        own_fields: names of the attributes that fedmpi itself keeps, or makes anew in each round.
     """
+
+    own_fields: ClassVar[frozenset[str]] = frozenset(
+        {"model", "_vector", "round_idx", "cohort", "weights", "_counts", "client_sizes", "metrics"}
+    )
 
     def __init__(
         self,
@@ -135,6 +140,10 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         if (twice := cohort[1:][cohort[1:] == cohort[:-1]]).size:
             raise ConfigError(f"client {twice[0]} is twice in the cohort: give it twice the weight instead")
         weights: Any = self.weights
+        if isinstance(weights, Tensor):
+            weights = weights.detach().cpu().numpy()
+        if not hasattr(weights, "__len__"):
+            raise ConfigError(f"weights must be one number per client of the cohort, got a {type(weights).__name__}")
         untouched = weights is self._counts and np.array_equal(weights, self.client_sizes[self.cohort])
         by_default = untouched or not len(weights)
         if by_default:

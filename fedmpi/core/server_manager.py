@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmpi.core import pulse
+from fedmpi.core.attributes import Attributes
 from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.clock import RoundClock
@@ -92,6 +93,7 @@ class ServerManager(NetworkManager):
         self._result = torch.empty(0, device="cpu")
         self._weights = np.empty(0, np.int64)
         self._num_trainable = num_trainable(handler.model)
+        self._before: Attributes | None = None
         self._last_good: dict[str, Any] | None = None
         self._clock = RoundClock(net)
 
@@ -115,6 +117,8 @@ class ServerManager(NetworkManager):
         self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
         if self.net.max_of(int(self._draws)):
             self.net.open_line()
+        if self.boundary.keeps:
+            self._before = Attributes(self.handler.model, self.handler, self.handler.own_fields)
         self.boundary.begin(self.handler.round_idx, self.state_dict, self._resumed)
         self._clock = RoundClock(self.net, self._elapsed_s)  # the first round starts now
 
@@ -233,7 +237,7 @@ class ServerManager(NetworkManager):
             split = min(columns.stop, max(columns.start, self._num_trainable)) - columns.start
             new, reference = self._result[columns], handler.model_parameters[columns]
             if split:
-                new[:split] = handler.aggregate(block[:, :split].contiguous(), reference[:split])
+                new[:split] = _checked(handler.aggregate(block[:, :split].contiguous(), reference[:split]), split)
             if split < len(new):
                 new[split:] = self._mean_of(block[:, split:], reference[split:]).add_(reference[split:])
         else:
@@ -267,10 +271,25 @@ class ServerManager(NetworkManager):
             return
         handler.round_idx += 1
         self._clock.stepped()
+        self._tell_unkept()
         due = handler.stop_condition() or (self.eval_every > 0 and handler.round_idx % self.eval_every == 0)
         self._evaluation_due = self.eval_every > 0 and due
         if not self._evaluation_due:
             self._report(None)
+
+    def _tell_unkept(self) -> None:
+        """After the first round of this job: what a handler keeps that no checkpoint holds, in a line."""
+        before, self._before = self._before, None
+        if before is None or type(self.handler).state_dict is not SyncParameterServerHandler.state_dict:
+            return
+        names = before.changed()
+        if names:
+            logger.warning(
+                "%s keeps %s from round to round, which no checkpoint holds, so that it begins anew after a resume: if it"
+                " decides anything, add it to state_dict and load_state_dict",
+                type(self.handler).__name__,
+                ", ".join(map(repr, names)),
+            )
 
     def _diverged_clients(self, round_idx: int) -> DivergedError | None:
         """The error that names the clients whose model is not finite, if there are any."""
@@ -337,3 +356,10 @@ class ServerManager(NetworkManager):
 
 def _last_good(round_idx: int) -> str:
     return f"; the last good round is {round_idx - 1}" if round_idx else "; no round was good"
+
+
+def _checked(values: object, size: int) -> Tensor:
+    if isinstance(values, Tensor) and values.shape == (size,):
+        return values
+    found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    raise ConfigError(f"aggregate must return a tensor of shape ({size},), got {found}")

@@ -90,8 +90,8 @@ class Visits:
             logger.warning("%s", put_back_note(new))
             self._told.update(new)
 
-    def renewal(self, round_idx: int, vector: Tensor, state: NDArray[np.int64]) -> Callable[[int], None]:
-        """Load a model to be evaluated; what makes it new again before each chunk of the test set.
+    def renewal(self, round_idx: int, vector: Tensor, state: NDArray[np.int64]) -> Callable[[int], None] | None:
+        """Load a model to be evaluated; what makes it new again before each chunk of the test set, if need be.
 
         Args:
             round_idx: the round.
@@ -104,14 +104,16 @@ class Visits:
             trainer.model_parameters.copy_(vector)
             load_integer_state(trainer.model, state)
 
-        def renew(chunk: int) -> None:
-            if attributes is not None:
-                seed = derive_seed(trainer.seed, Stream.EVALUATION, round_idx, chunk)
-                attributes.put_back(seed)
-                seed_everything(seed)
-                load()
-
         load()
+        if attributes is None:
+            return None
+
+        def renew(chunk: int) -> None:
+            seed = derive_seed(trainer.seed, Stream.EVALUATION, round_idx, chunk)
+            attributes.put_back(seed)
+            seed_everything(seed)
+            load()
+
         return renew
 
 

@@ -36,14 +36,18 @@ def labels_of(dataset: Any) -> NDArray[Any]:
         return _as_array(source, source)
     if hasattr(source, "datasets") and hasattr(source, "cumulative_sizes"):  # torch's ConcatDataset
         return np.concatenate([labels_of(part) for part in source.datasets])
-    if hasattr(source, "dataset") and hasattr(source, "indices"):  # torch's Subset
-        return _subset(source)
+    if {"dataset", "indices"} <= set(getattr(source, "__dict__", ())):  # torch's Subset, and no wrapper around one
+        return _counted(_subset(source), source)
     stored = next((getattr(source, name) for name in _ATTRIBUTES if hasattr(source, name)), None)
     if stored is None and len(getattr(source, "tensors", ())) == 2:  # torch's TensorDataset of inputs and labels
         stored = source.tensors[1]
     if stored is None:
         raise PartitionError(f"{_named(source)} has no labels that can be read without its items: {_INSTEAD}")
-    labels, length = _as_array(stored, source), _length(source)
+    return _counted(_as_array(stored, source), source)
+
+
+def _counted(labels: NDArray[Any], source: Any) -> NDArray[Any]:
+    length = _length(source)
     if length not in (None, len(labels)):
         raise PartitionError(f"{_named(source)} has {length} samples but {len(labels)} labels: {_INSTEAD}")
     return labels
@@ -70,7 +74,7 @@ def count_of(dataset: Any) -> int:
 def _length(source: Any) -> int | None:
     try:
         return len(source)
-    except (TypeError, NotImplementedError):  # how an IterableDataset without a length says so
+    except (TypeError, NotImplementedError, AssertionError, RuntimeError):  # how a data set without a length says so
         return None
 
 
@@ -89,6 +93,8 @@ def _is_plain(source: Any) -> bool:
 
 
 def _subset(source: Any) -> NDArray[Any]:
+    if source.dataset is source:
+        raise PartitionError(f"{_named(source)} is a part of itself: {_INSTEAD}")
     labels = labels_of(source.dataset)
     indices = _as_array(source.indices, source)
     if indices.dtype.kind not in "iu":
@@ -106,10 +112,10 @@ def _as_array(stored: Any, source: Any) -> NDArray[Any]:
     elif not _is_plain(stored):
         raise PartitionError(f"{name} must be a list, an array or a tensor, got {_named(stored)}: {_INSTEAD}")
     if hasattr(stored, "detach"):
-        stored = stored.detach().cpu()
+        stored = stored.detach()
     try:
-        labels = np.asarray(stored)
-    except (TypeError, ValueError, OverflowError) as error:
+        labels = np.asarray(stored.cpu() if hasattr(stored, "cpu") else stored)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor without values
         raise PartitionError(f"{name} are no array ({shown(str(error))})") from error
     if labels.ndim == 1 and len(labels) == 0:
         return labels.astype(np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,9 +58,10 @@ class EagerEngine:
 
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         loss = functional.cross_entropy(self._model(inputs), labels)
-        gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
+        gradients = self._gradients(loss)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        params, directions = [self._params[i] for i in used], [gradients[i] for i in used]
+        params = [self._params[i] for i in used]
+        directions = [gradient for gradient in gradients if gradient is not None]
         with torch.no_grad():
             if self._weight_decay:
                 directions = list(torch._foreach_add(directions, params, alpha=self._weight_decay))
@@ -69,6 +72,18 @@ class EagerEngine:
             torch._foreach_add_(params, directions, alpha=-self._lr)
         pulse.beat()
         return loss.detach()
+
+    def _gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """Of the parameters; through `backward` where hooks wait for what that accumulates."""
+        if not any(getattr(param, "_post_accumulate_grad_hooks", None) for param in self._params):
+            return torch.autograd.grad(loss, self._params, allow_unused=True)
+        for param in self._params:
+            param.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        gradients = [param.grad for param in self._params]
+        for param in self._params:
+            param.grad = None
+        return gradients
 
     def _apart(self, gradient: Tensor) -> Tensor:
         """The gradient, copied if it lies among the parameters, as a `torch.autograd.Function` may return it."""

@@ -36,7 +36,7 @@ def build_model(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn
         ConfigError: there is no such model.
         ModelError: the model does not fit the input, or its function fails.
     """
-    function = _function(name)
+    function = model_function(name)
     call = f"{name.rpartition(':')[2]}({input_shape}, {num_classes})"
     try:
         inspect.signature(function).bind(input_shape, num_classes)
@@ -80,11 +80,18 @@ def check_model_name(name: str) -> None:
         raise ConfigError(f"--model must be {', '.join(MODELS)} or module:function, got {name}")
 
 
-def _function(name: str) -> ModelFunction:
+def model_function(name: str) -> ModelFunction:
+    """The function behind `--model`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     check_model_name(name)
     if name in MODELS:
         return MODELS[name]
     module_name, _, function_name = name.rpartition(":")
+    if module_name.startswith(".") and not module_name.endswith(".py"):
+        raise ConfigError(f"--model {name}: a file of your own ends in .py: {module_name}.py:{function_name}")
     try:
         module = _module_of(name, module_name)
     except ModuleNotFoundError as error:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
 import re
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedmpi.core.files import read_regular
+from fedmpi.core.model_checks import bytes_of
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _MOST_PARTS = 2000
@@ -58,10 +59,18 @@ def _setting(name: str, value: object) -> str:
 
 
 def _plain(value: object, depth: int = 0) -> str:
-    if value is None or type(value) in (bool, int, float, str):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return repr(value)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.requires_grad:
+        return f"{_kind(value)} {_sha256(value)}"
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
         return _name(value)
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    if isinstance(value, dict):
+        value = [pair for items in value.items() for pair in items]
     if isinstance(value, list | tuple) and depth < 3:
         items = [_plain(item, depth + 1) for item in value]
         return f"[{', '.join(items)}]" if all(items) else ""
@@ -77,16 +86,13 @@ def _kind(tensor: object) -> str:
     return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 
 
-def _sha256(param: nn.Parameter) -> str:
-    content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()[:16]
+def _sha256(param: torch.Tensor) -> str:
+    return hashlib.sha256(bytes_of(param)).hexdigest()[:16]
 
 
-def functions_of(option: str, model: nn.Module) -> list[object]:
-    """The function behind `--model` module:function, and the classes of the parts of the model it made."""
-    module, _, name = option.partition(":")
-    function = [getattr(importlib.import_module(module), name)] if name else []
-    return [*function, *dict.fromkeys(type(part) for part in model.modules())]
+def functions_of(function: object | None, model: nn.Module) -> list[object]:
+    """A user's function behind `--model`, if there is one, and the classes of the parts of the model it made."""
+    return [*([function] if function else []), *dict.fromkeys(type(part) for part in model.modules())]
 
 
 def sources(functions: Mapping[str, Iterable[object]]) -> dict[str, dict[str, str]]:

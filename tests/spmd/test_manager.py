@@ -308,6 +308,16 @@ def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree, monk
         agree(bits != plain, handler.__name__)
 
 
+class Scalar(SyncParameterServerHandler):
+    def aggregate(self, rows, reference):
+        return rows.mean()
+
+
+def test_an_aggregate_of_another_shape_is_refused(alone, agree):
+    with pytest.raises(ConfigError, match=r"aggregate must return a tensor of shape \(\d+,\), got shape \(\)"):
+        train(alone, Scalar)
+
+
 class Favouring(SyncParameterServerHandler):
     """Counts client 0 a thousand times."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import functools
 import random
+import types
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,10 +28,14 @@ class Meter:
 class Slotted:
     """The same in slots."""
 
-    __slots__ = ("last", "total")
+    __slots__ = ("__hidden", "last", "total")
 
     def __init__(self) -> None:
         self.total = [0.0]
+        self.__hidden = 0
+
+    def hide(self) -> None:
+        self.__hidden += 1
 
 
 class Model(nn.Module):
@@ -51,6 +58,12 @@ class Model(nn.Module):
         self.old_rng, self.python_rng = np.random.RandomState(1), random.Random(1)
         self.kept: Any = None
         self.slotted, self.slotted_too = Slotted(), Slotted()
+        self.space, self.user_dict = types.SimpleNamespace(calls=0), collections.UserDict(calls=0)
+        self.typed, self.objects = array.array("d", [1.0]), np.array([1, "a"], dtype=object)
+        self.partial = functools.partial(print, end={"calls": [0]})
+        self.deep: Any = [0]
+        for _ in range(40):
+            self.deep = [self.deep]
 
     of_class: ClassVar[list[int]] = []
     count_of_class = 0
@@ -61,7 +74,8 @@ def shown(model: Model) -> dict[str, str]:
     held = {name: repr(value) for name, value in vars(model).items() if not name.startswith("_")}
     held["of_class"], held["count_of_class"] = repr(Model.of_class), repr(Model.count_of_class)
     held["slotted"], held["slotted_too"] = (
-        repr([getattr(each, name, None) for name in Slotted.__slots__]) for each in (model.slotted, model.slotted_too)
+        repr([getattr(each, name, None) for name in ("last", "total", "_Slotted__hidden")])
+        for each in (model.slotted, model.slotted_too)
     )
     held["calls"], held["meter"], held["hidden"] = map(
         repr, (model.layer.calls, model.meter.total, model.hidden[0].state_dict())
@@ -72,6 +86,12 @@ def shown(model: Model) -> dict[str, str]:
     )
     held["old_rng"], held["python_rng"] = repr(model.old_rng.get_state()), repr(model.python_rng.getstate())
     return held
+
+
+def innermost(value: Any) -> Any:
+    while isinstance(value[0], list):
+        value = value[0]
+    return value
 
 
 CHANGES = {
@@ -99,6 +119,13 @@ CHANGES = {
     "count_of_class": lambda m: setattr(Model, "count_of_class", 7),
     "slotted": lambda m: m.slotted.total.append(1.0),
     "slotted_too": lambda m: setattr(m.slotted_too, "last", 1),
+    "space": lambda m: setattr(m.space, "calls", 1),
+    "user_dict": lambda m: m.user_dict.update(calls=1),
+    "typed": lambda m: m.typed.append(2.0),
+    "objects": lambda m: m.objects.__setitem__(0, 2),
+    "partial": lambda m: m.partial.keywords["end"]["calls"].append(1),
+    "deep": lambda m: innermost(m.deep).append(1),
+    "hidden_slot": lambda m: m.slotted.hide(),
     "fresh": lambda m: setattr(m, "fresh", 5),
 }
 
@@ -109,14 +136,16 @@ def test_a_change_is_named_and_put_back(name: str) -> None:
     before, attributes = shown(model), Attributes(model)
     assert attributes.changed() == []
     CHANGES[name](model)
-    assert attributes.changed() == [name]
+    assert attributes.changed() == [{"hidden_slot": "slotted"}.get(name, name)]
     assert shown(model) != before
     attributes.put_back()
     assert attributes.changed() == []
     assert shown(model) == before
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("fresh", "of_class", "count_of_class")])
+@pytest.mark.parametrize(
+    "name", [name for name in CHANGES if name not in ("fresh", "hidden_slot", "of_class", "count_of_class")]
+)
 def test_a_value_that_is_replaced_or_removed_comes_back(name: str) -> None:
     model = Model()
     before, attributes = shown(model), Attributes(model)
@@ -205,3 +234,21 @@ def test_mapped_files_and_foreign_objects_are_not_copied(tmp_path: Any) -> None:
     assert attributes.changed() == []
     attributes.put_back()
     assert owner.x is Owner.mapped
+
+
+def test_hooks_and_what_hangs_on_a_parameter() -> None:
+    model = Model()
+    attributes = Attributes(model)
+    model.layer.register_forward_hook(lambda module, inputs, output: None)
+    model.layer.weight.register_hook(lambda gradient: None)
+    model.layer.bias.register_post_accumulate_grad_hook(lambda param: None)
+    model.layer.weight.calls = 1  # type: ignore[attr-defined]  # that is the point
+    assert attributes.changed() == ["layer._forward_hooks", "layer.weight.calls", *HOOKED]
+    attributes.put_back()
+    assert attributes.changed() == []
+    assert not model.layer._forward_hooks
+    assert not model.layer.weight._backward_hooks
+    assert not hasattr(model.layer.weight, "calls")
+
+
+HOOKED = ["hooks of layer.weight", "hooks of layer.bias"]

@@ -207,3 +207,27 @@ def test_a_last_batch_that_is_too_small_joins_the_one_before(n, batch_size, smal
     assert [len(batch) for batch in seen] == sizes
     assert len(losses) == len(sizes)
     assert [value for batch in seen for value in batch] == inputs[:, 0].tolist()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_hooks_that_wait_for_the_accumulated_gradient_are_called(momentum):
+    def clamp(param):
+        param.grad.clamp_(-1e-3, 1e-3)
+
+    torch.manual_seed(1)
+    models = [nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for param in (*models[0].parameters(), *models[1].parameters()):
+        param.register_post_accumulate_grad_hook(clamp)
+    flatten(models[0])
+    engine = EagerEngine(models[0], 0.05, momentum, 0.01)
+    optimizer = torch.optim.SGD(models[1].parameters(), lr=0.05, momentum=momentum, weight_decay=0.01)
+    for size in (4, 4, 1):
+        inputs, labels = torch.randn(size, 5), torch.randint(4, (size,))
+        optimizer.zero_grad()
+        functional.cross_entropy(models[1](inputs), labels).backward()
+        optimizer.step()
+        engine.epoch(inputs, labels, size)
+    for mine, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, wanted)
+        assert mine.grad is None

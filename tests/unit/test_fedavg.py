@@ -431,6 +431,18 @@ def test_a_derived_trainer_that_hooks_into_a_fused_model_is_found() -> None:
         visit(made, 0, start, round_idx=1)
 
 
+@pytest.mark.parametrize("batch_size", [3, 0])
+def test_a_hook_that_comes_after_the_choice_is_found(batch_size: int) -> None:
+    """Also where clients of one step are taken together."""
+    made = trainer(plain(), batch_size=batch_size)
+    start = made.model_parameters.detach().clone()
+    made.model[1].register_forward_hook(lambda module, inputs, output: output.clamp(-0.05, 0.05))
+    with pytest.raises(ModelError, match=r"has a hook.*--engine eager"):
+        visit(made, 0, start)
+    with pytest.raises(ModelError, match=r"has a hook.*--engine eager"):
+        made.single_steps([0, 2], start)
+
+
 def test_what_a_derived_trainer_makes_of_its_vector_counts() -> None:
     """The path of many clients at once would not see it."""
 

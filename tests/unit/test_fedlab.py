@@ -18,6 +18,7 @@ from fedmpi import Aggregators, MessageCode, fedlab, noniid_slicing, random_slic
 from fedmpi.core.errors import PartitionError
 from fedmpi.data.cifar import write_idx
 from fedmpi.data.datasets import Split
+from fedmpi.data.labels import labels_of
 
 N = 60
 LABELS = np.random.default_rng(0).integers(0, 10, N).astype(np.uint8)
@@ -177,3 +178,27 @@ def test_fedasync_aggregate() -> None:
 def test_its_names_are_the_packages() -> None:
     assert set(fedlab.__all__) <= set(fedmpi.__all__)
     assert all(getattr(fedlab, name) is getattr(fedmpi, name) for name in fedlab.__all__)
+
+
+class Delegating:
+    """The common wrapper that adds a transform, and hands all else on."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["dataset"], name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def test_a_wrapper_around_a_subset_is_no_subset() -> None:
+    """Its labels were those of the subset's indices, taken twice."""
+    data = TensorDataset(torch.zeros(10, 2), torch.arange(10))
+    with pytest.raises(PartitionError, match="Delegating has no labels that can be read without its items"):
+        labels_of(Delegating(Subset(data, list(range(9, -1, -1)))))
+    shorter = Subset(data, [0, 1, 2])
+    shorter.__class__ = type("Shorter", (Subset,), {"__len__": lambda self: 2})
+    with pytest.raises(PartitionError, match="Shorter has 2 samples but 3 labels"):
+        labels_of(shorter)

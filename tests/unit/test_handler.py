@@ -95,7 +95,7 @@ def weighted(cohort: Any, weights: Any) -> Weighted:
         ([4, 1], None, [11, 14]),
         ([4, 1], [5, 7], [7, 5]),
         ([4, 1], np.array([5.0, 0.0]), [0, 5]),
-        ([4, 1], torch.tensor([0.25, 0.5]), [2**30, 2**29]),
+        ([4, 1], torch.tensor([0.25, 0.5], requires_grad=True), [2**30, 2**29]),
         ([4, 1], [1 / 3, 1.0], [2**30, 357913941]),
         ([4, 1], [2**40, 2**39], [2**29, 2**30]),
         ([1, 4], [0.0, 0.0], [0, 0]),
@@ -168,6 +168,7 @@ def test_a_cohort_made_of_the_inherited_one(change: str) -> None:
         ([1, 4], [1, float("nan")], "got nan"),
         ([1, 4], [1, float("inf")], "got inf"),
         ([1, 4], ["a", "b"], "weights must be numbers >= 0"),
+        ([1, 4], (weight for weight in (1, 2)), "one number per client of the cohort, got a generator"),
     ],
 )
 def test_what_is_no_cohort_is_refused(cohort: Any, weights: Any, says: str) -> None:

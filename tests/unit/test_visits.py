@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +73,37 @@ class Recurrent(Linear):
         return self.hidden
 
 
+class Hooking(Linear):
+    """One more hook at each call, on a layer and on a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.layer.register_forward_hook(lambda module, inputs, output: output * 0.9)
+            self.layer.weight.register_hook(lambda gradient: gradient * 0.9)
+        return super().forward(x)
+
+
+class Namespace(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = types.SimpleNamespace(calls=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stats.calls += 1
+        return super().forward(x) / self.stats.calls
+
+
+def defaults() -> Linear:
+    """A list that is a default value, in a class of its own."""
+
+    class Defaults(Linear):
+        def forward(self, x: Tensor, calls: list[int] = []) -> Tensor:  # noqa: B006  # the very thing
+            calls.append(1)
+            return super().forward(x) / len(calls)
+
+    return Defaults()
+
+
 class Lazy(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not hasattr(self, "mean"):
@@ -89,8 +122,8 @@ def bits(visits: Visits, start: Tensor, *clients: int) -> list[bytes]:
     return [visits.train(0, client_id, start, NO_STATE).numpy().tobytes() for client_id in clients]
 
 
-@pytest.mark.parametrize("model", [Counting, Listing, Noisy, Recurrent, Lazy])
-def test_what_a_model_keeps_does_not_reach_the_next_client(model: type[Linear]) -> None:
+@pytest.mark.parametrize("model", [Counting, Listing, Noisy, Recurrent, Lazy, Hooking, Namespace, defaults])
+def test_what_a_model_keeps_does_not_reach_the_next_client(model: Callable[[], Linear]) -> None:
     start = sgd_trainer(Linear()).model_parameters.clone()
     alone = bits(Visits(sgd_trainer(model())), start, 3)
     after_others = bits(Visits(sgd_trainer(model())), start, 1, 0, 2, 3)
@@ -107,7 +140,12 @@ def test_what_changes_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch
     ]
 
 
-@pytest.mark.parametrize("model", [Counting, Noisy, Recurrent])
+class InPlace(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.5))
+
+
+@pytest.mark.parametrize("model", [Counting, Noisy, Recurrent, InPlace])
 def test_what_a_model_keeps_does_not_reach_the_next_chunk(model: type[Linear]) -> None:
     """The sums over the shares of two ranks are those of one rank, which takes the chunks one after the other."""
     x = torch.randn(450, 2, generator=torch.Generator().manual_seed(1))
@@ -191,6 +229,29 @@ class Kept(ClientSGDTrainer):
         self.kept[self.client_id] = self.model_parameters.clone()
 
 
+class MixedAfter(ClientSGDTrainer):
+    """Mixes the client's last model in behind the training: its own last model is a fixed point of that."""
+
+    kept: dict[int, Tensor]
+
+    def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+        super().train(model_parameters, epochs)
+        if self.client_id in self.kept:
+            self.model_parameters.lerp_(self.kept[self.client_id], 0.1)
+        self.kept[self.client_id] = self.model_parameters.clone()
+
+
+class Previous(ClientSGDTrainer):
+    """Whoever was here before."""
+
+    previous: Tensor | None = None
+
+    def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+        start = model_parameters if self.previous is None else model_parameters.lerp(self.previous, 0.1)
+        super().train(start, epochs)
+        self.previous = self.model_parameters.clone()
+
+
 class Decaying(ClientSGDTrainer):
     visits = 0
 
@@ -252,6 +313,9 @@ class Moody(nn.Module):
     ("make", "name"),
     [
         (lambda: sgd_trainer(Linear(), Kept, kept={}), "kept"),
+        (lambda: sgd_trainer(Linear(), MixedAfter, kept={}), "kept"),
+        (lambda: sgd_trainer(Linear(), Previous), "previous"),
+        (lambda: sgd_trainer(Linear(), Previous, previous=None), "previous"),
         (lambda: sgd_trainer(Linear(), Decaying), "visits"),
         (lambda: sgd_trainer(Linear(), WarmingUp), "warm"),
         (own_optimizer, "own"),
@@ -265,6 +329,41 @@ def test_a_trainer_that_hands_something_on_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"keeps '{name}' from client to client.*--leak-check off"):
         try_leaks(make(), *cohort)
+
+
+class FromSecondRound(Decaying):
+    def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+        if self.round_idx:
+            super().train(model_parameters, epochs)
+        else:
+            ClientSGDTrainer.train(self, model_parameters, epochs)
+
+
+def test_what_begins_to_change_later_is_tried_then() -> None:
+    trainer = sgd_trainer(Linear(), FromSecondRound)
+    visits = Visits(trainer)
+    check, start = LeakCheck(visits), trainer.model_parameters.clone()
+    for round_idx in (0, 0, 1):
+        visits.train(round_idx, 0, start, NO_STATE)
+        here = dataclasses.replace(order(0, 1, 2), round_idx=round_idx)
+        if round_idx:
+            with pytest.raises(ConfigError, match="keeps 'visits'"):
+                check.after_visit(here, start)
+        else:
+            check.after_visit(here, start)
+
+
+class WritesInto(ClientSGDTrainer):
+    def train(self, model_parameters: Tensor, epochs: int | None = None) -> None:
+        super().train(model_parameters, epochs)
+        model_parameters.mul_(0.5)
+
+
+def test_the_vector_that_was_sent_stays_for_the_next_client() -> None:
+    trainer = sgd_trainer(Linear(), WritesInto)
+    start = trainer.model_parameters.clone()
+    first = bits(Visits(trainer), start, 1, 0, 1)
+    assert first[0] == first[2]
 
 
 class Logging(ClientSGDTrainer):
