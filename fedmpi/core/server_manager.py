@@ -285,8 +285,8 @@ class ServerManager(NetworkManager):
         names = before.changed()
         if names:
             logger.warning(
-                "%s keeps %s from round to round, which no checkpoint holds, so that it begins anew after a resume: if it"
-                " decides anything, add it to state_dict and load_state_dict",
+                "%s keeps %s from round to round, which no checkpoint holds, so that it begins anew after a resume: if"
+                " it decides anything, add it to state_dict and load_state_dict",
                 type(self.handler).__name__,
                 ", ".join(map(repr, names)),
             )
