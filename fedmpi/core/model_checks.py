@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sysconfig
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,14 +170,27 @@ def _view(marks: Tensor, tensor: Tensor, start: int) -> Tensor:
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors among the plain attributes, also in lists, tuples and dicts."""
+    """Tensors among the plain attributes, also in containers, and in objects that hold nothing but attributes."""
     for prefix, module in model.named_modules():
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers", "_modules"):
-                continue
-            values = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            )
-            for tensor in values:
-                if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
+            if key not in ("_parameters", "_buffers", "_modules"):
+                for tensor in _tensors_in(value):
                     yield f"{prefix}.{key}".lstrip("."), tensor
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    todo, seen = [value], set[int]()
+    while todo:
+        item: Any = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if not nn.parameter.is_lazy(item):
+                yield item
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, list | tuple | set | deque):
+            todo += item
+        elif isinstance(item, SimpleNamespace) or dataclasses.is_dataclass(item):
+            todo += getattr(item, "__dict__", {}).values()

@@ -42,6 +42,13 @@ _INTEGERS = {
         ("BININT", b"(?:J....){1,999}", 5),
     )
 }
+_REPLACED = {
+    CODES["EMPTY_DICT"]: bytes(codes_of("EMPTY_LIST")),
+    CODES["DICT"]: bytes(codes_of("LIST")),
+    CODES["SETITEMS"]: bytes(codes_of("APPENDS")),
+    CODES["SETITEM"]: bytes(codes_of("TUPLE2 APPEND")),
+    CODES["FRAME"]: b"",  # whose length would be another
+}
 _PROTO, _FRAME, _GLOBAL, _LONG1, _STOP, _BUILD = codes_of("PROTO FRAME GLOBAL LONG1 STOP BUILD")
 
 _KEY, _REFERENCE = rb"(?:K.|M..|J....)", rb"(h.|j....)"
@@ -62,13 +69,22 @@ class RefusedError(Exception):
     """The pickle is damaged or asks for more than data; the text says what."""
 
 
-def check_pickle(data: bytes) -> None:
-    """Refuse a pickle that is damaged or holds more than flat data.
+def flat_pickle(data: bytes) -> tuple[bytes, bool]:
+    """The pickle of the same data with a list of keys and values in the place of a dict, and whether there was one.
+
+    To set chosen integers in a dict takes time with the square of their number: the caller looks at the keys first.
 
     Raises:
-        RefusedError: names the opcode and its place.
+        RefusedError: it is damaged or holds more than flat data; names the opcode and its place.
     """
-    _Scan(data).run()
+    scan = _Scan(data)
+    scan.run()
+    flat, place = bytearray(), 0
+    for start, stop, instead in scan.edits:
+        flat += data[place:start] + instead
+        place = stop
+    flat += data[place:]
+    return bytes(flat), scan.stack[0] == DICT
 
 
 class _Scan:
@@ -79,6 +95,7 @@ class _Scan:
         self.stack = bytearray()  # kinds
         self.marks: list[int] = []  # heights of the stack
         self.memo = bytearray()  # kinds
+        self.edits: list[tuple[int, int, bytes]] = []  # from where, to where, what comes there instead
         self.has_puts = False  # entries of the memo are numbered: protocols 0 to 3
         self.client: re.Pattern[bytes] | None = None  # `_CLIENT` with this file's references
 
@@ -95,6 +112,8 @@ class _Scan:
             if opcode not in ARGUMENT_BYTES:
                 raise RefusedError(f"it is no pickle of plain data ({self._place(opcode)})")
             self._skip_argument(opcode)
+            if opcode in _REPLACED:
+                self.edits.append((self.start, self.end, _REPLACED[opcode]))
             if opcode in PUSHED:
                 stack.append(PUSHED[opcode])
             elif opcode in _EFFECTS:

@@ -15,11 +15,16 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from fedmpi.core.errors import shown
 from fedmpi.data.pickle_arrays import IntArray, constructors
-from fedmpi.data.pickle_scan import RefusedError, check_pickle
+from fedmpi.data.pickle_scan import RefusedError, flat_pickle
 
 __all__ = ["IntArray", "RefusedError", "load_plain", "paused_gc"]
+
+_MANY_KEYS = 10_000
+"""From here on keys of a dict are looked at before it is made."""
 
 _MALFORMED = (
     pickle.UnpicklingError, ArithmeticError, AttributeError, BufferError, EOFError, LookupError, MemoryError,
@@ -45,11 +50,36 @@ def load_plain(data: bytes) -> Any:
     Raises:
         RefusedError: whatever is wrong with it.
     """
-    check_pickle(data)
+    flat, is_dict = flat_pickle(data)
     try:
-        return _Unpickler(data).load()
+        loaded = _Unpickler(flat).load()
+        return _dict_of(loaded) if is_dict else loaded
     except _MALFORMED as error:
         raise RefusedError(shown(str(error), 200) or type(error).__name__) from error
+
+
+def _dict_of(items: list[Any]) -> dict[Any, Any]:
+    """The dict of keys and values in turn, or in pairs.
+
+    Raises:
+        RefusedError: many keys that are neither text nor 0..K-1, each once.
+    """
+    if tuple in set(map(type, items[::2])):  # single items of an old protocol
+        flat: list[Any] = []
+        rest = iter(items)
+        for item in rest:
+            flat += item if type(item) is tuple else (item, next(rest))
+        items = flat
+    keys, values = items[::2], items[1::2]
+    if len(keys) > _MANY_KEYS and not set(map(type, keys)) <= {str, bytes} and not _counts_up(keys):
+        raise RefusedError(f"its {len(keys):,} client ids are not the integers 0..{len(keys) - 1}, each once")
+    return dict(zip(keys, values, strict=True))
+
+
+def _counts_up(keys: list[Any]) -> bool:
+    if set(map(type, keys)) != {int} or min(keys) < 0 or max(keys) >= len(keys):
+        return False
+    return bool(np.bincount(np.fromiter(keys, np.int64, len(keys))).max() == 1)
 
 
 class _Unpickler(pickle.Unpickler):

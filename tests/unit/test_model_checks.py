@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,8 @@ def frozen(value: Tensor) -> Callable[[nn.Module], None]:
         (lambda m: setattr(m[0], "bias", nn.Parameter(torch.zeros(1).expand(4))), "'0.bias' repeats its own memory"),
         (lambda m: m.register_buffer("row", torch.ones(1, 3).expand(2, 3)), "'row' repeats its own memory"),
         (lambda m: setattr(m, "kept", m[0].weight.t()), "attribute 'kept' shares memory with '0.weight'"),
+        (lambda m: setattr(m, "kept", {"w": {"t": m[0].weight.data}}), "attribute 'kept' shares memory with '0.w"),
+        (lambda m: setattr(m, "kept", [SimpleNamespace(t=m[0].bias.data)]), "attribute 'kept' shares memory with '0.b"),
         (lambda m: setattr(m[1], "kept", [m[0].weight.data]), "attribute '1.kept' shares memory with '0.weight'"),
         (lambda m: m.append(Counting(4, 4)), r"module '2' \(Counting\) has get_extra_state\(\)"),
         (lambda m: m.append(nn.LazyLinear(4)), "'2.weight' has no shape yet"),
