@@ -100,9 +100,7 @@ class FedAvgTrainer(ClientTrainer):
         n = len(self.data.partition[self.client_id])
         if not n:
             return
-        if not self._is_plain or self._checked_round != self.round_idx:  # nobody else's code runs in between
-            self._check_still_plain()
-            self._checked_round = self.round_idx
+        self._check_still_plain()
         shuffles = self._shuffles.manual_seed(derive_seed(self.seed, Stream.BATCHES, self.round_idx, self.client_id))
         losses: list[float] = []
         for _ in range(self.config.local_epochs if epochs is None else epochs):
@@ -149,12 +147,15 @@ class FedAvgTrainer(ClientTrainer):
         """
         if self.config.engine != "auto" or self.engine.runs_model:
             return
+        if self._is_plain and self._checked_round == self.round_idx:  # nobody else's code runs in between
+            return
         reason = why_not(self.model)
         if reason is not None:
             raise ModelError(
                 f"the model is not the one any more for which --engine auto chose fused: {reason}; change it in its own"
                 " function, or take --engine eager"
             )
+        self._checked_round = self.round_idx
 
 
 def _overridden(cls: type) -> set[str]:

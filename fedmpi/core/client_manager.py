@@ -112,6 +112,7 @@ class ClientPassiveManager(NetworkManager):
     def _train(self, order: Order, vector: torch.Tensor) -> LocalWork:
         exact = ExactSum(vector, order.weight_total, order.weight_max)
         work = LocalWork(exact=None if order.rows else exact)
+        self.trainer.round_idx = order.round_idx
         for client_ids in self._clients_of(order):
             together: list[int] = []
             for client_id in client_ids:
