@@ -55,7 +55,7 @@ def test_a_diverged_run_fails_the_job_with_3(submit: Any) -> None:
     job = submit(*SMALL, "--client-lr", "1e30")
     code, log = job.ended()
     assert code == 3, log
-    assert "is not finite" in log
+    assert "not finite after training in round 0" in log
     assert (job.told()["JobState"], job.told()["Restarts"]) == ("FAILED", "0")
 
 
