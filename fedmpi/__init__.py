@@ -8,7 +8,7 @@ The parts a script of one's own is made of can be imported from here; each is lo
 
 from __future__ import annotations
 
-from fedmpi.core import interrupt  # the first of all, and cheap
+from fedmpi import interrupt  # the first of all, and cheap
 
 if interrupt.is_own_program():
     interrupt.end_at_once()
@@ -21,36 +21,36 @@ from fedmpi.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedmpi.core.aggregate import Aggregators
     from fedmpi.core.client_manager import ClientPassiveManager
-    from fedmpi.core.comm import PackageProcessor
-    from fedmpi.core.ending import abort_on_crash
-    from fedmpi.core.errors import FedmpiError
     from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
     from fedmpi.core.manager import NetworkManager
-    from fedmpi.core.messages import MessageCode
-    from fedmpi.core.pulse import beat
     from fedmpi.core.server_manager import ServerManager
     from fedmpi.core.trainer import ClientSGDTrainer, ClientTrainer
     from fedmpi.core.vector import SerializationTool
     from fedmpi.data.partition import noniid_slicing, random_slicing
     from fedmpi.data.partition_file import load_dict, save_dict
     from fedmpi.embedded import Run, run
+    from fedmpi.errors import FedmpiError
+    from fedmpi.lifecycle.exits import abort_on_crash
+    from fedmpi.lifecycle.progress import beat
+    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.messages import MessageCode
 
 _HOME = {
     "Aggregators": "core.aggregate",
     "ClientPassiveManager": "core.client_manager",
     "ClientSGDTrainer": "core.trainer",
     "ClientTrainer": "core.trainer",
-    "FedmpiError": "core.errors",
-    "MessageCode": "core.messages",
+    "FedmpiError": "errors",
+    "MessageCode": "mpi.messages",
     "NetworkManager": "core.manager",
-    "PackageProcessor": "core.comm",
+    "PackageProcessor": "mpi.comm",
     "ParameterServerBackendHandler": "core.handler",
     "Run": "embedded",
     "SerializationTool": "core.vector",
     "ServerManager": "core.server_manager",
     "SyncParameterServerHandler": "core.handler",
-    "abort_on_crash": "core.ending",
-    "beat": "core.pulse",
+    "abort_on_crash": "lifecycle.exits",
+    "beat": "lifecycle.progress",
     "load_dict": "data.partition_file",
     "noniid_slicing": "data.partition",
     "random_slicing": "data.partition",

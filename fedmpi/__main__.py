@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from fedmpi.core.ending import say_error
-from fedmpi.core.errors import EXIT_DONE, EXIT_MISTAKE
-from fedmpi.core.streams import show
+from fedmpi.errors import EXIT_DONE, EXIT_MISTAKE
 from fedmpi.launch import ALGORITHMS, main
+from fedmpi.lifecycle.exits import say_error
+from fedmpi.mpi.streams import show
 
 
 def _main(argv: list[str]) -> int:

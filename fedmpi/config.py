@@ -7,7 +7,7 @@ import math
 from collections.abc import Set
 from typing import Literal
 
-from fedmpi.core.errors import ConfigError
+from fedmpi.errors import ConfigError
 from fedmpi.options import flag_of, option
 
 SPLIT_OPTIONS = ("partition", "num_shards", "alpha", "min_samples", "partition_seed")

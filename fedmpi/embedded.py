@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmpi.config import RunConfig
-from fedmpi.core.ending import abort_on_crash
-from fedmpi.core.errors import ConfigError, FedmpiError, LaunchError
-from fedmpi.core.launcher import announced, speaks
-from fedmpi.core.stopping import Deadline, StopSignals, earlier, slurm_deadline
-from fedmpi.core.watchdog import Watchdog
+from fedmpi.errors import ConfigError, FedmpiError, LaunchError
 from fedmpi.launch import ALGORITHMS, before_mpi, connect
+from fedmpi.lifecycle.exits import abort_on_crash
+from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadline
+from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import finish_logging, kept_logging, set_up_logging
+from fedmpi.mpi.launcher import announced, speaks
 from fedmpi.options import parse
 
 if TYPE_CHECKING:
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
     from fedmpi.outcome import Outcome
 
 _busy = threading.Lock()

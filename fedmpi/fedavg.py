@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ModelError
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.layout import laid_out, memory_format_of
+from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.trainer import ClientTrainer, SingleSteps
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
 from fedmpi.engines.proof import why_not
 from fedmpi.engines.rehearsal import rehearse
+from fedmpi.errors import ModelError
 from fedmpi.job import Algorithm
 
 _TRIAL_SIZE = 256

@@ -16,30 +16,30 @@ import numpy as np
 import torch
 
 from fedmpi.config import RunConfig
-from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
-from fedmpi.core.comm import PackageProcessor, library_version
-from fedmpi.core.ending import say
-from fedmpi.core.errors import EXIT_DONE
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.layout import memory_format_of
 from fedmpi.core.manager import NetworkManager, Observer
+from fedmpi.core.memory_format import memory_format_of
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.server_manager import ServerManager
-from fedmpi.core.stopping import Deadline, StopSignals
-from fedmpi.core.timeline import chrome_trace
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.visits import put_back_note
-from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import map_split
+from fedmpi.errors import EXIT_DONE
+from fedmpi.lifecycle.exits import say
+from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.signals import Deadline, StopSignals
+from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import SUMMARY
-from fedmpi.machine import find_machine
+from fedmpi.machine.placement import find_machine
 from fedmpi.models import build_model, model_function
+from fedmpi.mpi.comm import PackageProcessor, library_version
+from fedmpi.mpi.timeline import chrome_trace
 from fedmpi.options import result_hash
 from fedmpi.outcome import Outcome, outcome_of
 from fedmpi.report.banner import banner
@@ -110,7 +110,7 @@ def run_job(
     """
     module, _, name = algorithm.partition(":")
     recipe: Algorithm = getattr(importlib.import_module(module), name)
-    machine = find_machine(net, config)
+    machine = find_machine(net, config.device, config.threads)
     dataset = net.on_all(lambda: load_dataset(config.dataset, config.data_dir))
     partition, split = share_partition(net, config, dataset)
     halves = net.on_all(lambda: build_halves(net, recipe, config, dataset, partition, machine.device))

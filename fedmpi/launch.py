@@ -14,20 +14,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from fedmpi import interrupt
 from fedmpi.config import RunConfig
-from fedmpi.core import interrupt, streams
-from fedmpi.core.ending import abort_on_crash, end_all, say_error
-from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
-from fedmpi.core.launcher import missing_mpi_advice, speaks
-from fedmpi.core.stopping import Deadline, StopSignals, earlier, process_age_s, slurm_deadline
-from fedmpi.core.watchdog import Watchdog
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
+from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
+from fedmpi.lifecycle.exits import abort_on_crash, end_all, say_error
+from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadline
+from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import finish_logging, set_up_logging
+from fedmpi.mpi import streams
+from fedmpi.mpi.launcher import missing_mpi_advice, speaks
+from fedmpi.mpi.processes import process_age_s
 from fedmpi.options import parse
 
 if TYPE_CHECKING:
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
 
 T = TypeVar("T")
 
@@ -135,7 +137,7 @@ def connect() -> PackageProcessor:
         LaunchError: no MPI library is there, or it does not belong to the launcher.
     """
     try:
-        from fedmpi.core.comm import PackageProcessor
+        from fedmpi.mpi.comm import PackageProcessor
     except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
         if "mpi" not in str(error).lower():
             raise

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from fedmpi.config import RunConfig
-from fedmpi.core.streams import drop, has_room, put
+from fedmpi.mpi.streams import drop, has_room, put
 
 SUMMARY = 25
 """Level of the closing summary: `--quiet` still shows it."""

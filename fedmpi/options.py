@@ -17,8 +17,8 @@ import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fedmpi.core.errors import ConfigError, shown
-from fedmpi.core.yaml_file import has_control_characters, read_yaml
+from fedmpi.errors import ConfigError, shown
+from fedmpi.lifecycle.yaml_file import has_control_characters, read_yaml
 
 C = TypeVar("C")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmpi.core.errors import FedmpiError
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.vector import vector_hash
+from fedmpi.errors import FedmpiError
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fedmpi.core.launcher import announced
+from fedmpi.mpi.launcher import announced
 
 if TYPE_CHECKING:
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
 
 UNDER_MPI = any(one.size > 1 for one in announced())
 

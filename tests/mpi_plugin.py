@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from fedmpi.core.comm import PackageProcessor
+from fedmpi.mpi.comm import PackageProcessor
 
 PATIENCE_S = 20.0
 START_S = 30.0

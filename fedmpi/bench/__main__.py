@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi.bench.parser import Parser
 from fedmpi.bench.start import launched_ranks, median_difference, seconds_to_round_0
-from fedmpi.core.errors import EXIT_DONE, ConfigError
-from fedmpi.core.files import atomic_write
-from fedmpi.core.launcher import speaks
 from fedmpi.data.sources import obtain
+from fedmpi.errors import EXIT_DONE, ConfigError
 from fedmpi.launch import leave, start
+from fedmpi.lifecycle.files import atomic_write
+from fedmpi.mpi.launcher import speaks
 
 if TYPE_CHECKING:
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
 
 logger = logging.getLogger("fedmpi.bench")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedmpi.core.comm import PackageProcessor, library_version
-from fedmpi.core.cores import affinity, cgroup_quota, cores_of_node, slurm_allocation
+from fedmpi.machine.cores import affinity, cgroup_quota, cores_of_node, slurm_allocation
+from fedmpi.mpi.comm import PackageProcessor, library_version
 
 _TURNS = 30
 _VECTOR = 1_663_370  # entries of the CNN's vector

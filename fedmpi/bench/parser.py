@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from fedmpi.core.errors import ConfigError
+from fedmpi.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):

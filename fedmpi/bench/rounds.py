@@ -13,14 +13,14 @@ import torch
 from fedmpi.bench.cases import Case
 from fedmpi.bench.floor import BareLoop
 from fedmpi.bench.records import Records
-from fedmpi.core.buffers import Form
-from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.vector import SerializationTool
 from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
 from fedmpi.fedavg import FEDAVG
 from fedmpi.job import build_halves, build_manager, initial_model, share_partition
-from fedmpi.machine import find_machine
+from fedmpi.machine.placement import find_machine
+from fedmpi.mpi.buffers import Form
+from fedmpi.mpi.comm import PackageProcessor
 
 FLOOR_RANKS = (1, 2)
 
@@ -87,7 +87,7 @@ class CaseBench:
             device: --device.
         """
         self._net, self._config = net, case.config(device)
-        machine = find_machine(net, self._config)
+        machine = find_machine(net, self._config.device, self._config.threads)
         self._dataset = net.on_all(lambda: load_dataset("mnist", None))
         self._partition, _ = share_partition(net, self._config, self._dataset)
         self._halves = build_halves(net, FEDAVG, self._config, self._dataset, self._partition, machine.device)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fedmpi.bench.records import Records
 from fedmpi.core.client_manager import ClientPassiveManager
-from fedmpi.core.comm import PackageProcessor
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.server_manager import ServerManager
 from fedmpi.core.trainer import ClientTrainer
+from fedmpi.mpi.comm import PackageProcessor
 
 CLIENTS = (100, 1000, 10_000, 100_000, 1_000_000)
 ENTRIES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)

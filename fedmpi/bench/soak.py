@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from fedmpi.bench.parser import Parser
-from fedmpi.core.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
-from fedmpi.core.launcher import announced
 from fedmpi.core.vector import vector_hash
+from fedmpi.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
 from fedmpi.logs import set_up_logging
+from fedmpi.mpi.launcher import announced
 
 logger = logging.getLogger("fedmpi.bench")
 

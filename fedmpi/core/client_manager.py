@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from fedmpi.core import pulse
-from fedmpi.core.comm import PackageProcessor
-from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.manager import Buffer, NetworkManager
-from fedmpi.core.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
-from fedmpi.core.stopping import StopSignals
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import integer_state
 from fedmpi.core.views import check_views
 from fedmpi.core.visits import LeakCheck, Visits
+from fedmpi.errors import ConfigError
+from fedmpi.lifecycle import progress
+from fedmpi.lifecycle.signals import StopSignals
+from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
 
 _TOGETHER = 32
 """Clients of one step each that are trained together: what they share is then next to nothing a client."""
@@ -72,7 +72,7 @@ class ClientPassiveManager(NetworkManager):
 
     def setup(self) -> None:
         """Collective. Compare models; tell the server the sample counts of a share of the clients."""
-        pulse.watch(self.trainer.model)
+        progress.watch(self.trainer.model)
         self._check_same(self.trainer.model, self.trainer.device)
         num_clients = self.net.max_of(0)
         self.trainer.seed = self.net.max_of(0)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedmpi.core import pulse
+from fedmpi.lifecycle import progress
 
 CHUNK_SIZE = 100
 """Samples a chunk. A product's last bits depend on its shape, so this is the same whatever the number of ranks."""
@@ -74,7 +74,7 @@ class Evaluator:
                     inputs = inputs.clone()  # a user's forward may work in place
                 logits = model(inputs)
                 correct.append(logits.argmax(1) == labels)
-                pulse.beat()
+                progress.beat()
                 losses.append(functional.cross_entropy(logits, labels, reduction="none"))
             loss = torch.cat([each.cpu() for each in losses]).to(torch.float64)
             finite = loss.abs() < _LOSS_LIMIT  # false for NaN too

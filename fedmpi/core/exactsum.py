@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmpi.core.device import host_buffer
-from fedmpi.core.errors import ConfigError
+from fedmpi.errors import ConfigError
+from fedmpi.machine.device import host_buffer
 
 _RANGE_BITS = 7  # |w_k - w| below 2^7 goes to bin 0
 _BIN_BITS = 40  # bin j takes updates below 2^(7 + 40 j)

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core.errors import CheckpointError, ConfigError
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum, integer_weights
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.vector import flatten, integer_state, load_integer_state
+from fedmpi.errors import CheckpointError, ConfigError
 
 
 class ParameterServerBackendHandler(ABC):

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmpi.core.agreement import describe
-from fedmpi.core.comm import PackageProcessor
-from fedmpi.core.device import capability
-from fedmpi.core.errors import ConfigError
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import LocalWork, MessageCode, Order, RoundRecord
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import model_facts
+from fedmpi.errors import ConfigError
+from fedmpi.machine.device import capability
+from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.messages import LocalWork, MessageCode, Order, RoundRecord
+from fedmpi.mpi.setup import describe
 
 logger = logging.getLogger(__name__)
 

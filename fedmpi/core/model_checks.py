@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
+from fedmpi.errors import ModelError
 
 LIBRARIES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 """Folders of installed packages, torch's among them."""

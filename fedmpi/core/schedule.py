@@ -77,16 +77,6 @@ def is_pinned(cohort_size: int, num_trainers: int, num_clients: int) -> bool:
     return num_trainers in (num_clients, cohort_size)
 
 
-def helping(num_left: int, num_trainers: int, least: int) -> int:
-    """Places that a trainer draws from a line with `num_left`: many at first, fewer and fewer towards the end.
-
-    At least `least`, but no more than half of its even share, so that nobody is left without.
-
-    Source: Polychronopoulos and Kuck, "Guided self-scheduling", 1987; a smaller share, for the costliest come first.
-    """
-    return max(min(least, num_left // (2 * num_trainers)), num_left // (16 * num_trainers), 1)
-
-
 def queue(costs: NDArray[np.float64]) -> NDArray[np.int64]:
     """(K,) each client's place in the line from which idle trainers draw the next: the costliest first."""
     places = np.empty(len(costs), np.int64)

@@ -16,21 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmpi.core import pulse
 from fedmpi.core.attributes import Attributes
-from fedmpi.core.boundary import Boundary
 from fedmpi.core.client_manager import ClientPassiveManager
-from fedmpi.core.clock import RoundClock
-from fedmpi.core.comm import PackageProcessor
-from fedmpi.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, FedmpiError
 from fedmpi.core.evaluate import Metrics, metrics_of
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.manager import Buffer, NetworkManager, Observer
-from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
 from fedmpi.core.schedule import CostModel, is_pinned, place, queue
+from fedmpi.core.timings import RoundClock
 from fedmpi.core.vector import num_trainable
 from fedmpi.core.views import check_views
+from fedmpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, FedmpiError
+from fedmpi.lifecycle import progress
+from fedmpi.lifecycle.policies import Boundary
+from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class ServerManager(NetworkManager):
     def setup(self) -> None:
         """Collective. Compare models; learn the sample count of every client."""
         for model in (self.handler.model, *([self.local.trainer.model] if self.local else [])):
-            pulse.watch(model)
+            progress.watch(model)
         self._check_same(self.handler.model, self.local.trainer.device if self.local else None)
         num_clients = self.net.max_of(self.handler.num_clients)
         seed = self.net.max_of(self.handler.seed)

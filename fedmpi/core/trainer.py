@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core import pulse
-from fedmpi.core.device import own_gpu
-from fedmpi.core.errors import ModelError
 from fedmpi.core.model_checks import check_model
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.vector import SerializationTool, flatten
+from fedmpi.errors import ModelError
+from fedmpi.lifecycle import progress
+from fedmpi.machine.device import own_gpu
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -192,7 +192,7 @@ class ClientSGDTrainer(ClientTrainer):
                 self.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 self.optimizer.step()
-                pulse.beat()
+                progress.beat()
                 total, steps = total + float(loss.detach()), steps + 1
         self.loss = total / steps if steps else math.nan
 

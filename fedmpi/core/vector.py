@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
 from fedmpi.core.model_checks import bytes_of, check_model, check_state, is_entry, named_tensors
 from fedmpi.core.views import remember_views
+from fedmpi.errors import ModelError
 
 
 class SerializationTool:

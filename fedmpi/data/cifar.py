@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import shown
 from fedmpi.data.archive import ArchiveError, members
 from fedmpi.data.fetch import SourceError
 from fedmpi.data.pickles import IntArray, RefusedError, load_plain
 from fedmpi.data.reading import MAX_DATA_BYTES, is_folder, is_regular, read_regular
+from fedmpi.errors import shown
 
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"

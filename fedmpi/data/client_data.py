@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Evaluator
-from fedmpi.core.layout import laid_out
+from fedmpi.core.memory_format import laid_out
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.errors import ConfigError
 
 
 class ClientData:

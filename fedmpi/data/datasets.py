@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import DataError
 from fedmpi.data.sources import obtained
+from fedmpi.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedmpi.core.errors import shown
 from fedmpi.data.archive import ArchiveError, members
+from fedmpi.errors import shown
 
 FETCH_TIMEOUT_S = 900.0
 SOCKET_TIMEOUT_S = 10.0

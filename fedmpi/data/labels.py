@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import PartitionError, shown
+from fedmpi.errors import PartitionError, shown
 
 _ATTRIBUTES = ("targets", "labels", "y")
 _INSTEAD = "pass the labels instead, one integer per sample"

@@ -9,8 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fedmpi.config import DataConfig
-from fedmpi.core.errors import ConfigError
 from fedmpi.data.slicing import Partition, dirichlet_slicing, noniid_slicing, random_slicing
+from fedmpi.errors import ConfigError
 
 __all__ = [
     "PARTITIONERS",

@@ -6,9 +6,6 @@ import logging
 from pathlib import Path
 
 from fedmpi.config import DataConfig, RunConfig, data_flags
-from fedmpi.core.errors import FilesystemError, PartitionError, shown
-from fedmpi.core.files import remove_temps
-from fedmpi.core.lock import FileLock
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import make_partition, partition_parameters
 from fedmpi.data.partition_index import PartitionIndex, check_partition, partition_sha256
@@ -17,6 +14,9 @@ from fedmpi.data.partition_pickle import Manifest, load_dict, manifest_path, rea
 from fedmpi.data.reading import exists
 from fedmpi.data.sources import data_root, expanded, writable
 from fedmpi.data.trust import exposed
+from fedmpi.errors import FilesystemError, PartitionError, shown
+from fedmpi.lifecycle.files import remove_temps
+from fedmpi.lifecycle.lock import FileLock
 
 __all__ = [
     "PartitionIndex",

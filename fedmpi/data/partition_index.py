@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import PartitionError, shown
+from fedmpi.errors import PartitionError, shown
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import FilesystemError
-from fedmpi.core.files import atomic_write
 from fedmpi.data.partition_index import PartitionIndex, check_partition
 from fedmpi.data.partition_pickle import parse_dict, read_pickle
 from fedmpi.data.trust import exposed
+from fedmpi.errors import FilesystemError
+from fedmpi.lifecycle.files import atomic_write
 
 LARGE_BYTES = 2**20
 """Smaller pickles are read and sent to the ranks: that is quicker than a file."""

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.config import DataConfig
-from fedmpi.core.errors import FilesystemError, PartitionError, shown
-from fedmpi.core.files import atomic_write
 from fedmpi.data.datasets import Dataset
 from fedmpi.data.partition import partition_parameters
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.pickles import IntArray, RefusedError, load_plain, paused_gc
 from fedmpi.data.reading import read_regular
 from fedmpi.data.slicing import Partition
+from fedmpi.errors import FilesystemError, PartitionError, shown
+from fedmpi.lifecycle.files import atomic_write
 
 VERSION = 1
 MAX_MANIFEST_BYTES = 2**20

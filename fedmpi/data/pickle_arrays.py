@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import shown
+from fedmpi.errors import shown
 
 MAX_DIMENSIONS = 8
 

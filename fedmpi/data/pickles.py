@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fedmpi.core.errors import shown
 from fedmpi.data.pickle_arrays import IntArray, constructors
 from fedmpi.data.pickle_scan import RefusedError, flat_pickle
+from fedmpi.errors import shown
 
 __all__ = ["IntArray", "RefusedError", "load_plain", "paused_gc"]
 

@@ -13,11 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmpi import interrupt
 from fedmpi.config import DataConfig
-from fedmpi.core import interrupt, streams
-from fedmpi.core.errors import EXIT_DONE, EXIT_INTERRUPTED, FedmpiError, FilesystemError, PartitionError
-from fedmpi.core.files import remove_temps
-from fedmpi.core.lock import FileLock
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.partition_file import default_partition, new_partition, partition_name, read_partition
@@ -25,7 +22,11 @@ from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import read_checked
 from fedmpi.data.partition_pickle import manifest_path, write_partition
 from fedmpi.data.sources import data_root, expanded, obtain
+from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, FedmpiError, FilesystemError, PartitionError
+from fedmpi.lifecycle.files import remove_temps
+from fedmpi.lifecycle.lock import FileLock
 from fedmpi.logs import Stream
+from fedmpi.mpi import streams
 from fedmpi.options import option, parse
 
 PROG = "python -m fedmpi.data.prepare"

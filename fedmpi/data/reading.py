@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from fedmpi.core import files
+from fedmpi.lifecycle import files
 
 MAX_DATA_BYTES = 2**28
 """Limit for one file, or one unpacked archive, of a data set; CIFAR-10's largest has 154 MB."""

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import PartitionError
 from fedmpi.data.labels import count_of, labels_of
+from fedmpi.errors import PartitionError
 
 Indices: TypeAlias = NDArray[np.int64]
 Partition: TypeAlias = dict[int, Indices]

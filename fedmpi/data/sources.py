@@ -12,14 +12,14 @@ import os
 import shutil
 from pathlib import Path
 
-from fedmpi.core.errors import ConfigError, DataError, FilesystemError, shown
-from fedmpi.core.files import remove_temps
-from fedmpi.core.lock import FileLock
 from fedmpi.data.bring import STAGING, bring
 from fedmpi.data.raw_sets import RAW_SETS, RawSet
 from fedmpi.data.reading import is_folder, is_regular
 from fedmpi.data.trust import exposed
 from fedmpi.data.verify import RECORD, compare, recorded, say, wanted_sums, write_record
+from fedmpi.errors import ConfigError, DataError, FilesystemError, shown
+from fedmpi.lifecycle.files import remove_temps
+from fedmpi.lifecycle.lock import FileLock
 
 LOCK = ".lock"
 

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fedmpi.core.files import atomic_write
 from fedmpi.data.raw_sets import RawSet
 from fedmpi.data.reading import MAX_DATA_BYTES, open_regular, read_regular
 from fedmpi.data.trust import exposed
+from fedmpi.lifecycle.files import atomic_write
 
 RECORD = "verified.json"
 MISSING = "missing"

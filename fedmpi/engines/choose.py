@@ -7,8 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
-from fedmpi.core.layout import laid_out, memory_format_of
+from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.vector import SerializationTool
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
@@ -16,6 +15,7 @@ from fedmpi.engines.graph import GraphEngine
 from fedmpi.engines.proof import cannot, leaves_of, why_not
 from fedmpi.engines.put_back import put_back
 from fedmpi.engines.single_step import SingleStepEngine
+from fedmpi.errors import ModelError
 
 _TOLERANCE = 1e-3
 """Largest difference of two engines' steps, relative to the largest entry of the step."""

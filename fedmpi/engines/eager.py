@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedmpi.core import pulse
 from fedmpi.engines.single_step import SingleStepEngine
+from fedmpi.lifecycle import progress
 
 
 class EagerEngine:
@@ -70,7 +70,7 @@ class EagerEngine:
             if self._momentum:
                 directions = [self._with_momentum(i, each) for i, each in zip(used, directions, strict=True)]
             torch._foreach_add_(params, directions, alpha=-self._lr)
-        pulse.beat()
+        progress.beat()
         return loss.detach()
 
     def _gradients(self, loss: Tensor) -> Sequence[Tensor | None]:

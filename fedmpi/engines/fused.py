@@ -19,10 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core import pulse
-from fedmpi.core.layout import needs_plain_layout
+from fedmpi.core.memory_format import needs_plain_layout
 from fedmpi.engines.proof import leaves_of
 from fedmpi.engines.single_step import SingleStepEngine, single_step_engine
+from fedmpi.lifecycle import progress
 
 _aten = torch.ops.aten
 
@@ -262,7 +262,7 @@ class FusedEngine:
         log_p = []
         for batch, rows in zip(torch.split(x, batch_size), torch.split(targets, batch_size), strict=True):
             log_p.append(self._stack_of(len(batch)).step(batch, rows))
-            pulse.beat()
+            progress.beat()
         losses = torch.cat(log_p).gather(1, y).neg_()
         full = len(y) - len(y) % batch_size
         means = losses[:full].view(-1, batch_size).mean(1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from fedmpi.core.untouched import module_reason, process_reason, tensor_reason
+from fedmpi.core.hooks import module_reason, process_reason, tensor_reason
 
 _PARAMETERS = {nn.Linear: ["weight", "bias"], nn.Conv2d: ["weight", "bias"]}
 _KNOWN = (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)

@@ -9,12 +9,12 @@ import dis
 
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
-from fedmpi.core.layout import laid_out, memory_format_of
+from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.model_checks import LIBRARIES, describe_error
 from fedmpi.core.views import check_views
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.put_back import put_back
+from fedmpi.errors import ModelError
 
 
 def rehearse(

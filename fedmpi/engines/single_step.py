@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
+from fedmpi.errors import ModelError
 
 _PIECE = 2**18
 """Entries of a piece: a megabyte, which stays in the cache; for smaller ones, calls cost more than memory."""

@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from fedmpi.core.errors import ConfigError, FedmpiError, ModelError
 from fedmpi.core.model_checks import describe_error
+from fedmpi.errors import ConfigError, FedmpiError, ModelError
 from fedmpi.models.cnn import cnn, cnn_fedlab
 from fedmpi.models.mlp import logistic, two_nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedmpi.core.errors import ModelError
+from fedmpi.errors import ModelError
 
 
 def cnn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

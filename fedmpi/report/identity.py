@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmpi.core.files import read_regular
 from fedmpi.core.model_checks import bytes_of
+from fedmpi.lifecycle.files import read_regular
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _MOST_PARTS = 2000

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ConfigError, shown
+from fedmpi.errors import ConfigError, shown
 from fedmpi.options import flag_of, result_options
 
 logger = logging.getLogger(__name__)

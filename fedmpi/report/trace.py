@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedmpi.core.files import read_regular
+from fedmpi.lifecycle.files import read_regular
 
 _MOST_BYTES = 2**30
 _MOST_US = 1e16

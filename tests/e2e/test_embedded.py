@@ -16,7 +16,7 @@ PROGRAM = f"""
 import itertools, logging, os, random, signal, sys, threading, time
 import numpy as np, torch
 import fedmpi
-from fedmpi.core.errors import ConfigError, DivergedError, LaunchError
+from fedmpi.errors import ConfigError, DivergedError, LaunchError
 
 def settings():
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]

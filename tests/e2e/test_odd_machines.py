@@ -85,7 +85,7 @@ def test_without_an_mpi_library(job, tmp_path):
 
 def test_a_launcher_of_another_mpi_is_refused_in_one_line(start):
     """What `mpirun` of the other library does: three processes, each told that it is one of three."""
-    from fedmpi.core.comm import library_version  # only the name of the library is asked for; MPI does not start
+    from fedmpi.mpi.comm import library_version  # only the name of the library is asked for; MPI does not start
 
     mpich = library_version().startswith("MPICH")
     names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK") if mpich else ("PMI_SIZE", "PMI_RANK")

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from fedmpi.core.checkpoint import Checkpoints
+from fedmpi.lifecycle.checkpoint import Checkpoints
 from tests.e2e.conftest import SMALL
 
 LONGER = [*SMALL, "--rounds", "6", "--checkpoint-every", "2"]
@@ -20,38 +20,38 @@ NEVER = [*SMALL, "--rounds", "100000"]
 SERVER, TRAINER, ALL = "0", "1", "any"
 POINTS = [
     # rank, where, which passage
-    (SERVER, "/fedmpi.core.checkpoint:write_state", 3),
+    (SERVER, "/fedmpi.lifecycle.checkpoint:write_state", 3),
     (TRAINER, ">fedmpi.fedavg:FedAvgTrainer.train", 4),
     # the rest with .ci/long
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_round", 5),
-    (ALL, "<fedmpi.core.collection:Collection.collect", 5),
+    (ALL, "<fedmpi.mpi.collection:Collection.collect", 5),
     (SERVER, "<fedmpi.report.run_folder:RunFolder.on_end", 1),
-    (ALL, "<fedmpi.core.comm:PackageProcessor.bcast_order", 6),
-    (ALL, "<fedmpi.core.comm:PackageProcessor.bcast_vector", 7),
-    (ALL, ">fedmpi.core.comm:PackageProcessor.receive", 40),
-    (ALL, ">fedmpi.core.comm:PackageProcessor.bcast_vector", 8),
+    (ALL, "<fedmpi.mpi.comm:PackageProcessor.bcast_order", 6),
+    (ALL, "<fedmpi.mpi.comm:PackageProcessor.bcast_vector", 7),
+    (ALL, ">fedmpi.mpi.comm:PackageProcessor.receive", 40),
+    (ALL, ">fedmpi.mpi.comm:PackageProcessor.bcast_vector", 8),
     (TRAINER, "<fedmpi.fedavg:FedAvgTrainer.train", 5),
     (TRAINER, ">fedmpi.engines.fused:FusedEngine.epoch", 3),
-    (ALL, "<fedmpi.core.collection:Collection._gather", 8),
-    (ALL, "<fedmpi.core.collection:Collection._sum_up", 3),
-    (ALL, ">fedmpi.core.collection:Collection.collect", 7),
+    (ALL, "<fedmpi.mpi.collection:Collection._gather", 8),
+    (ALL, "<fedmpi.mpi.collection:Collection._sum_up", 3),
+    (ALL, ">fedmpi.mpi.collection:Collection.collect", 7),
     (SERVER, "<fedmpi.core.handler:SyncParameterServerHandler.step", 4),
     (SERVER, ">fedmpi.core.handler:SyncParameterServerHandler.step", 4),
     (TRAINER, "<fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (TRAINER, ">fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (SERVER, "<fedmpi.report.history:History.on_round", 4),
     (SERVER, "/pathlib:Path.open", 12),
-    (SERVER, "<fedmpi.core.checkpoint:Checkpoints.write", 3),
+    (SERVER, "<fedmpi.lifecycle.checkpoint:Checkpoints.write", 3),
     (SERVER, "<os:fsync", 4),
     (SERVER, ">os:fsync", 5),
     (SERVER, "<pathlib:Path.replace", 3),
     (SERVER, ">pathlib:Path.replace", 3),
     (SERVER, ">pathlib:Path.replace", 1),
     (SERVER, "<pathlib:Path.unlink", 6),
-    (SERVER, ">fedmpi.core.checkpoint:sync_folder", 2),
-    (SERVER, ">fedmpi.core.checkpoint:Checkpoints._write", 3),
+    (SERVER, ">fedmpi.lifecycle.checkpoint:sync_folder", 2),
+    (SERVER, ">fedmpi.lifecycle.checkpoint:Checkpoints._write", 3),
     (SERVER, ">fedmpi.report.run_folder:RunFolder.begin", 1),
-    (SERVER, "/fedmpi.core.checkpoint:write_state", 1),
+    (SERVER, "/fedmpi.lifecycle.checkpoint:write_state", 1),
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_end", 1),
 ]
 

@@ -120,7 +120,7 @@ def test_trainers_take_the_gpus_that_slurm_gives(
     (tmp_path / "sitecustomize.py").write_text(
         "import os, socket, sys, threading, time\n"
         "def patch():\n"
-        "    import fedmpi.core.device as device\n"
+        "    import fedmpi.machine.device as device\n"
         "    real = device.open_device\n"
         "    gpus = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')\n"
         "    device.visible_gpus = lambda: len(gpus)\n"

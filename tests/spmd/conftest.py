@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.core.comm import PackageProcessor
+from fedmpi.mpi.comm import PackageProcessor
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedmpi.core import collection, tree
-from fedmpi.core import comm as comm_module
-from fedmpi.core.errors import ConfigError, DisagreementError, TransferError
-from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
+from fedmpi.errors import ConfigError, DisagreementError, TransferError
+from fedmpi.mpi import collection, tree
+from fedmpi.mpi import comm as comm_module
+from fedmpi.mpi.messages import ClientUpdate, LocalWork, MessageCode, Order
 
 STATE = np.arange(3)
 
@@ -182,7 +182,7 @@ def test_no_other_communicator_meets_our_messages(net, agree):
 
 
 def test_only_one_rank_of_a_node_has_the_last_words(net, agree, tmp_path, monkeypatch):
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
 
     own = PackageProcessor()
     said = tmp_path / f"said-{net.rank}"

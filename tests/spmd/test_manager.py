@@ -12,8 +12,8 @@ from torch import nn
 
 from fedmpi import Aggregators, ClientPassiveManager, ClientSGDTrainer, ServerManager, SyncParameterServerHandler
 from fedmpi.core import visits
-from fedmpi.core.errors import ConfigError, DisagreementError
 from fedmpi.core.evaluate import Evaluator
+from fedmpi.errors import ConfigError, DisagreementError
 
 NUM_CLIENTS = 7
 
@@ -94,7 +94,7 @@ def without_timings(records):
 @pytest.fixture
 def alone():
     """The same job on this rank alone, as the reference."""
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
 
     return PackageProcessor(mpi4py.MPI.COMM_SELF)
 
@@ -110,7 +110,7 @@ def test_the_result_is_that_of_one_rank_alone(net, alone, agree):
 
 
 def test_gather_gives_the_bits_of_reduce(net, agree, monkeypatch):
-    from fedmpi.core import collection
+    from fedmpi.mpi import collection
 
     _, summed, *_ = train(net, collect="reduce")
     monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
@@ -138,7 +138,7 @@ class BlockMedian(SyncParameterServerHandler):
 
 
 def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agree, monkeypatch):
-    from fedmpi.core import collection
+    from fedmpi.mpi import collection
 
     monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
     _, by_hand, *_ = train(net, WholeMean)
@@ -147,7 +147,7 @@ def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agre
 
 
 def test_a_median_over_vectors_and_over_blocks_is_the_same_on_any_ranks(net, alone, agree, monkeypatch):
-    from fedmpi.core import collection
+    from fedmpi.mpi import collection
 
     _, whole, *_ = train(net, Median)
     monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
@@ -288,7 +288,7 @@ def masked_trainer():
 
 def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree, monkeypatch):
     """One round: every server's running statistics are those of FedAvg, and the mask is what it was."""
-    from fedmpi.core import collection
+    from fedmpi.mpi import collection
 
     monkeypatch.setattr(collection, "BLOCK_BYTES", 100)
     options = {"make_model": Masked, "make_trainer": masked_trainer, "rounds": 1, "eval_every": 1}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmpi.core.buffers import DEVICE_BYTES, Form, check_buffer
-from fedmpi.core.errors import TransferError
+from fedmpi.errors import TransferError
+from fedmpi.mpi.buffers import DEVICE_BYTES, Form, check_buffer
 
 
 def read_only(array):

@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmpi.core import checkpoint
-from fedmpi.core.checkpoint import Checkpoints, read_state, snapshot, write_state
-from fedmpi.core.errors import CheckpointError, FilesystemError
+from fedmpi.errors import CheckpointError, FilesystemError
+from fedmpi.lifecycle import checkpoint
+from fedmpi.lifecycle.checkpoint import Checkpoints, read_state, snapshot, write_state
 
 STATE = {
     "round_idx": 12,

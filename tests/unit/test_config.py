@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fedmpi.config import DataConfig, RunConfig, data_flags
-from fedmpi.core.errors import ConfigError
+from fedmpi.errors import ConfigError
 from fedmpi.options import PROVENANCE, option, parse, result_hash, result_options, to_yaml
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmpi.core import cores
+from fedmpi.machine import cores
 
 V1 = "4:memory:/job\n3:cpu,cpuacct:{path}\n1:name=systemd:/\n0::/\n"
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fedmpi.config import DataConfig
-from fedmpi.core.errors import DataError
 from fedmpi.data import datasets
 from fedmpi.data.datasets import DATASETS, Arrays, DatasetEntry, Split, load_dataset
+from fedmpi.errors import DataError
 
 
 def test_every_choice_of_the_option_is_there() -> None:

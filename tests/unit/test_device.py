@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedmpi.core import device
-from fedmpi.core.errors import ConfigError
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.trainer import ClientSGDTrainer
+from fedmpi.errors import ConfigError
+from fedmpi.machine import device
+from fedmpi.mpi.processes import note_node_rank
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_trainer_that_wants_cuda_takes_the_gpu_that_a_job_would_give_its_rank(
     monkeypatch.setattr(device, "open_device", opens)
     model = torch.nn.Linear(2, 1)
     for node, rank in (([0, 1, 2, 3], 3), ([4, 5], 5), ([0], 0)):
-        device.note_place(node, rank)
+        note_node_rank(node, rank)
         loader, optimizer = [(torch.ones(1, 2), torch.ones(1, 1))], torch.optim.SGD(model.parameters(), 0.1)
         ClientSGDTrainer(model, loader, 1, optimizer, torch.nn.MSELoss(), cuda=True)
     assert opened == [

@@ -19,9 +19,7 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedmpi.core.device import open_device, pick_device, visible_gpus
-from fedmpi.core.errors import ModelError
-from fedmpi.core.layout import laid_out, memory_format_of
+from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.vector import flatten
 from fedmpi.engines import fused
 from fedmpi.engines.choose import choose_engine
@@ -29,6 +27,8 @@ from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
 from fedmpi.engines.graph import GraphEngine
 from fedmpi.engines.proof import why_not
+from fedmpi.errors import ModelError
+from fedmpi.machine.device import open_device, pick_device, visible_gpus
 from fedmpi.models import MODELS, build_model
 
 SGD = (0.1, 0.0, 0.0)

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
-from fedmpi.core import errors
-from fedmpi.core.errors import FedmpiError, shown
+from fedmpi import errors
+from fedmpi.errors import FedmpiError, shown
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FedmpiError)]
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import ConfigError, ModelError
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.data import client_data
 from fedmpi.data.client_data import ClientData, Samples
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.errors import ConfigError, ModelError
 from fedmpi.fedavg import FEDAVG, FedAvgTrainer, fedavg_handler
 
 CPU = torch.device("cpu")

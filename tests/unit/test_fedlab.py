@@ -15,10 +15,10 @@ from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
 import fedmpi
 from fedmpi import Aggregators, MessageCode, fedlab, noniid_slicing, random_slicing
-from fedmpi.core.errors import PartitionError
 from fedmpi.data.cifar import write_idx
 from fedmpi.data.datasets import Split
 from fedmpi.data.labels import labels_of
+from fedmpi.errors import PartitionError
 
 N = 60
 LABELS = np.random.default_rng(0).integers(0, 10, N).astype(np.uint8)

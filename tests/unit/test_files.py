@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 
 import fedmpi
-from fedmpi.core import lock as lock_module
-from fedmpi.core.errors import FilesystemError
-from fedmpi.core.files import atomic_write, remove_temps
-from fedmpi.core.lock import FileLock
+from fedmpi.errors import FilesystemError
+from fedmpi.lifecycle import lock as lock_module
+from fedmpi.lifecycle.files import atomic_write, remove_temps
+from fedmpi.lifecycle.lock import FileLock
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
 
 COUNT = """
 import sys
 from pathlib import Path
-from fedmpi.core.lock import FileLock
+from fedmpi.lifecycle.lock import FileLock
 folder, times = Path(sys.argv[1]), int(sys.argv[2])
 for _ in range(times):
     with FileLock(folder / "lock", timeout_s=60):
@@ -36,7 +36,7 @@ for _ in range(times):
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedmpi.core.lock import FileLock
+from fedmpi.lifecycle.lock import FileLock
 with FileLock(Path(sys.argv[1]), timeout_s=0):
     print("held", flush=True)
     time.sleep(60)

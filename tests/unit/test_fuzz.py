@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import CheckpointError, ConfigError, FedmpiError, PartitionError
 from fedmpi.data.partition_pickle import VERSION, Manifest, load_dict, manifest_path, read_manifest
+from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, PartitionError
 from fedmpi.options import parse, to_yaml
 from fedmpi.report.history import History, check_history
 from tests.unit.test_report import RECORD

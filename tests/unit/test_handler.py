@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmpi.core.aggregate import Aggregators
-from fedmpi.core.errors import ConfigError
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
+from fedmpi.errors import ConfigError
 
 
 def handler(num_clients: int = 100, model: nn.Module | None = None, **options: Any) -> SyncParameterServerHandler:

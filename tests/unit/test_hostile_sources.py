@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.core.errors import DataError, FilesystemError
 from fedmpi.data import archive, bring, cifar, fetch
 from fedmpi.data.archive import ArchiveError, members
 from fedmpi.data.fetch import SourceError
 from fedmpi.data.raw_sets import RAW_SETS, RawSet
 from fedmpi.data.sources import obtain, obtained
 from fedmpi.data.verify import stat_of
+from fedmpi.errors import DataError, FilesystemError
 from tests.unit.test_sources import NAMES, fake_npm, holds, put, tiny_files, truth, use
 
 __all__ = ["truth"]  # a fixture

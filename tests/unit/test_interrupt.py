@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedmpi.core import interrupt
+from fedmpi import interrupt
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.core import launcher
-from fedmpi.core.errors import LaunchError
-from fedmpi.core.launcher import Announcement, announced, check_launcher, in_slurm_job, in_slurm_task, speaks
+from fedmpi.errors import LaunchError
+from fedmpi.mpi import launcher
+from fedmpi.mpi.launcher import Announcement, announced, check_launcher, in_slurm_job, in_slurm_task, speaks
 
 MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\nintel cray"
 MPICH_PMIX = "MPICH Version:      4.2.0\nMPICH configure:    --with-pmix=/usr"

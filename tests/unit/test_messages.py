@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import LaunchError
-from fedmpi.core.messages import (
+from fedmpi.errors import LaunchError
+from fedmpi.mpi.messages import (
     HEADER_SIZE,
     ClientUpdate,
     MessageCode,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
 from fedmpi.core.model_checks import check_model
 from fedmpi.core.vector import flatten, model_facts, model_state, vector_hash
+from fedmpi.errors import ModelError
 
 
 def pair(act: Callable[[Any], object]) -> nn.Module:

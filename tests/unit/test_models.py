@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedmpi.core.errors import ConfigError, ModelError
 from fedmpi.core.vector import flatten, num_trainable
+from fedmpi.errors import ConfigError, ModelError
 from fedmpi.models import MODELS, build_model, check_model_name
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import PartitionError
 from fedmpi.data.datasets import load_dataset
 from fedmpi.data.partition_file import load_dict, resolve_partition, save_dict
 from fedmpi.data.partition_pickle import manifest_path, read_manifest
+from fedmpi.errors import PartitionError
 
 MANIFEST = {
     "version": 1, "dataset": "mnist", "dataset_sha256": "d" * 64, "num_samples": 60000, "num_clients": 100,

@@ -15,10 +15,10 @@ import pytest
 from torch import nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core import lock as lock_module
-from fedmpi.core.errors import CheckpointError, FedmpiError, FilesystemError
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.lock import FileLock
+from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
+from fedmpi.lifecycle import lock as lock_module
+from fedmpi.lifecycle.lock import FileLock
 from fedmpi.report import run_folder
 from fedmpi.report.history import History, read_history
 from fedmpi.report.run_folder import RunFolder
@@ -351,7 +351,7 @@ def test_a_sparse_history_is_not_read_to_its_end(run: Any, tmp_path: Path) -> No
 
 def craft(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """A checkpoint with a right checksum and other content."""
-    from fedmpi.core.checkpoint import read_state, snapshot, write_state
+    from fedmpi.lifecycle.checkpoint import read_state, snapshot, write_state
 
     state = read_state(path)
     change(state)

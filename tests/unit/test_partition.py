@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmpi.config import DataConfig
-from fedmpi.core.errors import ConfigError, PartitionError
 from fedmpi.data.datasets import load_dataset
 from fedmpi.data.partition import (
     PARTITIONERS,
@@ -23,6 +22,7 @@ from fedmpi.data.partition import (
     noniid_slicing,
     random_slicing,
 )
+from fedmpi.errors import ConfigError, PartitionError
 
 quick = settings(max_examples=60, deadline=None, database=None)
 

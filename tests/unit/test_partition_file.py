@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmpi.config import RunConfig
-from fedmpi.core.errors import FilesystemError, PartitionError
 from fedmpi.data import partition_file
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition import random_slicing
@@ -30,6 +29,7 @@ from fedmpi.data.partition_file import (
     resolve_partition,
     save_dict,
 )
+from fedmpi.errors import FilesystemError, PartitionError
 
 SPLIT = {0: np.array([4, 1, 300_000_000_000]), 1: np.array([7]), 2: np.array([0, 2])}
 RAN: list[str] = []

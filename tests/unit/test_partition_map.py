@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedmpi.core.errors import PartitionError
 from fedmpi.data import partition_map
 from fedmpi.data.partition_map import map_split, read_checked
 from fedmpi.data.partition_pickle import save_dict
+from fedmpi.errors import PartitionError
 
 SPLIT = {0: np.array([4, 2]), 1: np.array([0]), 2: np.array([5, 1, 3])}
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import fedmpi
-from fedmpi.core.errors import PartitionError
 from fedmpi.data.partition_file import load_dict, save_dict
 from fedmpi.data.pickle_scan import flat_pickle
 from fedmpi.data.pickles import RefusedError, load_plain
+from fedmpi.errors import PartitionError
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
 PROTO = b"\x80\x04"
@@ -156,7 +156,7 @@ def test_any_sequence_of_opcodes_is_refused_or_flat(seed: int) -> None:
 CHILD = """
 import pickle, random, resource, sys
 import numpy as np
-from fedmpi.core.errors import PartitionError
+from fedmpi.errors import PartitionError
 from fedmpi.data.partition_file import load_dict
 from tests.unit.test_fuzz import mutated
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

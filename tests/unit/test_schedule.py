@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmpi.core.schedule import CostModel, helping, place, queue
+from fedmpi.core.schedule import CostModel, place, queue
+from fedmpi.mpi.work_queue import batch_size
 
 sizes = st.lists(st.integers(0, 60_000), min_size=1, max_size=60)
 
@@ -108,7 +109,7 @@ def test_no_draw_leaves_others_without(num_trainers: int, most: int) -> None:
     """20 clients of one step, of which a draw takes 12 where there are many: half of an even share."""
     left, draws = 20, []
     while left:
-        draws.append(helping(left, num_trainers, 12))
+        draws.append(batch_size(left, num_trainers, 12))
         left -= draws[-1]
     assert max(draws) <= most
     assert draws[-1] == 1
@@ -116,10 +117,10 @@ def test_no_draw_leaves_others_without(num_trainers: int, most: int) -> None:
 
 @given(st.integers(1, 10**6), st.integers(1, 1000), st.integers(1, 20))
 def test_a_draw_is_within_what_is_left(num_left: int, num_trainers: int, least: int) -> None:
-    assert 1 <= helping(num_left, num_trainers, least) <= num_left
+    assert 1 <= batch_size(num_left, num_trainers, least) <= num_left
 
 
 def test_many_clients_are_drawn_many_at_a_time() -> None:
-    assert helping(1000, 2, 12) == 31
-    assert helping(100, 2, 12) == 12
-    assert helping(100, 2, 1) == 3
+    assert batch_size(1000, 2, 12) == 31
+    assert batch_size(100, 2, 12) == 12
+    assert batch_size(100, 2, 1) == 3

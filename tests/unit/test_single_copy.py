@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedmpi.core import single_copy
-from fedmpi.core.single_copy import SWITCHES, avoid_single_copy, reads_memory
+from fedmpi.mpi import single_copy
+from fedmpi.mpi.single_copy import SWITCHES, avoid_single_copy, reads_memory
 
 HOST = "user:[4026531837]"
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedmpi.core.errors import ModelError
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.vector import flatten
 from fedmpi.engines import single_step
 from fedmpi.engines.fused import FusedEngine
+from fedmpi.errors import ModelError
 
 
 @st.composite

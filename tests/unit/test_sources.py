@@ -23,13 +23,13 @@ import numpy as np
 import pytest
 
 import fedmpi
-from fedmpi.core.errors import DataError, FilesystemError
 from fedmpi.data import cifar, fetch, sources, verify
 from fedmpi.data.cifar import write_idx
 from fedmpi.data.datasets import load_idx, read_idx
 from fedmpi.data.fetch import SourceError, run_child
 from fedmpi.data.raw_sets import RAW_SETS, RawSet
 from fedmpi.data.sources import default_data_dir, obtain
+from fedmpi.errors import DataError, FilesystemError
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.core import streams
+from fedmpi.mpi import streams
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_thread_is_stuck_while_it_prints_what_nobody_reads() -> None:
 
 AT_THE_END = """
 import os, sys, time
-from fedmpi.core import streams
+from fedmpi.mpi import streams
 reading, writing = os.pipe()
 if sys.argv[1] == "unread":
     streams.put(writing, b"x" * 2**20)
@@ -125,8 +125,8 @@ def test_what_cannot_be_written_at_the_end_decides_no_exit_code(how: str) -> Non
 
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     script = (
-        "from fedmpi.core import streams\n"
-        "from fedmpi.core.ending import say_error\n"
+        "from fedmpi.mpi import streams\n"
+        "from fedmpi.lifecycle.exits import say_error\n"
         "streams.reserve()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
         "say_error('not for the file')\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 
-from fedmpi.core.timeline import Timeline, chrome_trace
+from fedmpi.mpi.timeline import Timeline, chrome_trace
 
 
 def test_nothing_is_noted_before_it_begins() -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
-from fedmpi.core.errors import ModelError
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.trainer import Batches, ClientSGDTrainer
+from fedmpi.errors import ModelError
 
 TARGETS = [2.0, 3.0, 0.0]
 

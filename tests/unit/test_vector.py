@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi.core import vector as flat
-from fedmpi.core.errors import ModelError
 from fedmpi.core.vector import SerializationTool
+from fedmpi.errors import ModelError
 
 
 class Mixed(nn.Module):

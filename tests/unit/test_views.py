@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core.errors import ModelError
 from fedmpi.core.vector import flatten
 from fedmpi.core.views import check_views
+from fedmpi.errors import ModelError
 
 
 class Net(nn.Module):

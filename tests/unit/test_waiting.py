@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from fedmpi.core import waiting
-from fedmpi.core.errors import PeerLostError
-from fedmpi.core.waiting import Waiting
+from fedmpi.errors import PeerLostError
+from fedmpi.mpi import waiting
+from fedmpi.mpi.waiting import Waiting
 
 
 class Clock:

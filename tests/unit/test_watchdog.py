@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedmpi.core import pulse, watchdog
-from fedmpi.core.board import NOBODY, Board, board_bytes
-from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
-from fedmpi.core.messages import MessageCode, Order
-from fedmpi.core.watchdog import Silence, Watchdog
+from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
+from fedmpi.lifecycle import progress, watchdog
+from fedmpi.lifecycle.watchdog import Silence, Watchdog
+from fedmpi.mpi.messages import MessageCode, Order
+from fedmpi.mpi.node_status import NOBODY, Board, board_bytes
 
 
 def test_silence_is_told_from_a_slow_rank_by_what_was_seen():
@@ -102,7 +102,7 @@ def test_a_rank_that_hangs_says_where(net):
     ((message, code),) = watched(net, 20)[:1]
     assert code == EXIT_CRASH
     assert message.startswith("has made no progress for ")
-    assert f"after {pulse.steps()} steps" in message
+    assert f"after {progress.steps()} steps" in message
     assert "test_watchdog.py" in message
     assert "in watched" in message
 
@@ -111,7 +111,7 @@ def test_a_rank_that_hangs_says_where(net):
 def test_a_rank_that_works_or_waits_does_not_hang(net, sign):
     def each():
         if sign == "steps":
-            pulse.beat()
+            progress.beat()
         if sign == "activity":
             net.activity += "."
 
@@ -148,13 +148,13 @@ def by_buffers(model):
 def test_a_users_own_loop_that_calls_nothing_of_ours_does_not_hang(net, how):
     model = torch.nn.Linear(3, 2)
     model.register_buffer("count", torch.zeros(1))
-    pulse.watch(model)
+    progress.watch(model)
     assert watched(net, 1.5, how(model)) == []
 
 
 def test_a_model_that_is_watched_and_stays_as_it_is_is_no_sign_of_life(net):
     model = torch.nn.Linear(3, 2)
-    pulse.watch(model)
+    progress.watch(model)
     ((message, _),) = watched(net, 20)[:1]
     assert message.startswith("has made no progress for ")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import TransferError
+from fedmpi.errors import TransferError
 
 DEVICE_BYTES = "torch.uint8"
 """Memory of a device, as bytes: the only buffer that is no NumPy array. What the bytes mean, their owner knows."""

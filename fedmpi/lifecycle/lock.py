@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from fedmpi.core import pulse
-from fedmpi.core.errors import FilesystemError, shown
-from fedmpi.core.files import read_regular, temp_path
+from fedmpi.errors import FilesystemError, shown
+from fedmpi.lifecycle import progress
+from fedmpi.lifecycle.files import read_regular, temp_path
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
@@ -102,7 +102,7 @@ class FileLock:
             if not told and self.timeout_s > 0 and pause_s > 0.3:
                 logger.info("waiting for %s: in use by %s", self.what, holder)
                 told = True
-            pulse.beat()  # to wait is no stall
+            progress.beat()  # to wait is no stall
             time.sleep(pause_s)
             pause_s = min(0.5, pause_s * 1.5)
         self._token = me.token

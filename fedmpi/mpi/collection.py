@@ -12,9 +12,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.buffers import Form, check_buffer, described
-from fedmpi.core.errors import TransferError
-from fedmpi.core.messages import (
+from fedmpi.errors import TransferError
+from fedmpi.mpi.buffers import Form, check_buffer, described
+from fedmpi.mpi.messages import (
     HEADER_SIZE,
     SERVER_RANK,
     LocalWork,
@@ -24,8 +24,8 @@ from fedmpi.core.messages import (
     pack_updates,
     unpack_updates,
 )
-from fedmpi.core.schedule import helping
-from fedmpi.core.tree import Tree
+from fedmpi.mpi.tree import Tree
+from fedmpi.mpi.work_queue import batch_size
 
 Buffer = TypeVar("Buffer")
 
@@ -102,7 +102,7 @@ class Collection(Tree):
     def draw(self, count: int, least: Callable[[int], int]) -> Iterator[range]:
         """One-sided. The places in a line of `count` that no rank has drawn yet, a few at a time, in ascending order.
 
-        How few: see `schedule.helping`. Every trainer draws until there are none.
+        How few: see `work_queue.batch_size`. Every trainer draws until there are none.
 
         Args:
             count: places in the line.
@@ -110,7 +110,7 @@ class Collection(Tree):
         """
         place = 0
         while place < count:
-            num_places = helping(count - place, self.num_trainers, least(place))
+            num_places = batch_size(count - place, self.num_trainers, least(place))
             place = self._count_on(num_places)
             if place < count:
                 yield range(place, min(place + num_places, count))

@@ -6,8 +6,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from fedmpi.core.errors import ConfigError, shown
-from fedmpi.core.files import read_regular
+from fedmpi.errors import ConfigError, shown
+from fedmpi.lifecycle.files import read_regular
 
 MOST_BYTES = 2**16
 _MOST_NODES = 5000

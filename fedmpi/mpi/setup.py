@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.buffers import Form, check_buffer, described, is_alike, signature, wanted
-from fedmpi.core.errors import DisagreementError, FedmpiError, TransferError
+from fedmpi.errors import DisagreementError, FedmpiError, TransferError
+from fedmpi.mpi.buffers import Form, check_buffer, described, is_alike, signature, wanted
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import CheckpointError, FilesystemError
-from fedmpi.core.files import atomic_write, free_path, open_regular, refuse_odd, remove_temps, sync_folder
+from fedmpi.errors import CheckpointError, FilesystemError
+from fedmpi.lifecycle.files import atomic_write, free_path, open_regular, refuse_odd, remove_temps, sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fedmpi.core.errors import LaunchError
-
-PROC = Path("/proc")
+from fedmpi.errors import LaunchError
+from fedmpi.mpi.processes import PROC
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.agreement import Agreement
-from fedmpi.core.buffers import Form
-from fedmpi.core.messages import SERVER_RANK
-from fedmpi.core.timeline import Timeline
+from fedmpi.mpi.buffers import Form
+from fedmpi.mpi.messages import SERVER_RANK
+from fedmpi.mpi.setup import Agreement
+from fedmpi.mpi.timeline import Timeline
 
 MAX_MESSAGE_BYTES = 2**30
 """Longer buffers travel in pieces: MPI's classic calls count in a C int."""

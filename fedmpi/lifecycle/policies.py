@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from fedmpi.core.stopping import Deadline, StopSignals, name_of
+from fedmpi.lifecycle.signals import Deadline, StopSignals, name_of
 
 EVERY_S = 60.0
 """Without `--checkpoint-every`: how often a checkpoint is written."""

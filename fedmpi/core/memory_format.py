@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedmpi.core.untouched import module_reason, process_reason
+from fedmpi.core.hooks import module_reason, process_reason
 
 
 def memory_format_of(model: nn.Module) -> torch.memory_format:

@@ -18,19 +18,19 @@ import mpi4py
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.board import NOBODY, SAID, Board, board_bytes
-from fedmpi.core.buffers import Form, check_buffer, described
-from fedmpi.core.collection import Collection
-from fedmpi.core.device import note_place
-from fedmpi.core.errors import LaunchError, TransferError
-from fedmpi.core.launcher import abort_through_hydra, check_launcher
-from fedmpi.core.leftovers import remove_leftovers
-from fedmpi.core.messages import SERVER_RANK
-from fedmpi.core.single_copy import avoid_single_copy
-from fedmpi.core.streams import settle, tell
-from fedmpi.core.timeline import Span, Timeline
-from fedmpi.core.tree import as_bytes, pieces_of
-from fedmpi.core.waiting import Arrival, Request, Waiting
+from fedmpi.errors import LaunchError, TransferError
+from fedmpi.mpi.buffers import Form, check_buffer, described
+from fedmpi.mpi.collection import Collection
+from fedmpi.mpi.launcher import abort_through_hydra, check_launcher
+from fedmpi.mpi.messages import SERVER_RANK
+from fedmpi.mpi.node_status import NOBODY, SAID, Board, board_bytes
+from fedmpi.mpi.processes import note_node_rank
+from fedmpi.mpi.single_copy import avoid_single_copy
+from fedmpi.mpi.stale_segments import remove_leftovers
+from fedmpi.mpi.streams import settle, tell
+from fedmpi.mpi.timeline import Span, Timeline
+from fedmpi.mpi.tree import as_bytes, pieces_of
+from fedmpi.mpi.waiting import Arrival, Request, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # else UCX takes SIGHUP for the wish to print megabytes of its own log
@@ -97,7 +97,7 @@ class PackageProcessor(Collection):
         self.node = sorted(rank for rank, _, _ in held)
         self.peers = {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
         if comm is None:
-            note_place(self.node, self.rank)
+            note_node_rank(self.node, self.rank)
         self.board = self._shared_board(node)
         node.Free()
         self._waiting = Waiting(self.peers)

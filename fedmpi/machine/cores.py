@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedmpi.core.launcher import PROC, in_slurm_task
+from fedmpi.mpi.launcher import in_slurm_task
+from fedmpi.mpi.processes import PROC
 
 CGROUPS = Path("/sys/fs/cgroup")
 

@@ -14,22 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmpi.core.errors import ConfigError
-from fedmpi.core.messages import SERVER_RANK
+from fedmpi.errors import ConfigError
+from fedmpi.mpi.messages import SERVER_RANK
+from fedmpi.mpi.processes import own_node_rank
 
 if TYPE_CHECKING:
     import torch
 
 CPUINFO = Path("/proc/cpuinfo")
-
-_node_ranks: Sequence[int] = (SERVER_RANK,)
-_rank = SERVER_RANK
-
-
-def note_place(node_ranks: Sequence[int], rank: int) -> None:
-    """Remember the ranks of this node and this process's own, for `own_gpu`."""
-    global _node_ranks, _rank
-    _node_ranks, _rank = node_ranks, rank
 
 
 def own_gpu() -> torch.device:
@@ -40,9 +32,10 @@ def own_gpu() -> torch.device:
     """
     import torch
 
-    visible, where = visible_gpus(), f"rank {_rank}"
-    name = pick_device("cuda", local_trainer_index(_node_ranks, _rank), visible, where)
-    return open_device(name, torch.get_num_threads(), trainers_sharing(_node_ranks, _rank, visible), where)
+    node, rank = own_node_rank()
+    visible, where = visible_gpus(), f"rank {rank}"
+    name = pick_device("cuda", local_trainer_index(node, rank), visible, where)
+    return open_device(name, torch.get_num_threads(), trainers_sharing(node, rank, visible), where)
 
 
 def mixed_devices(places: Sequence[tuple[str, str]]) -> str | None:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from fedmpi.core.errors import EXIT_CRASH, EXIT_INTERRUPTED, FedmpiError
-from fedmpi.core.streams import put
+from fedmpi.errors import EXIT_CRASH, EXIT_INTERRUPTED, FedmpiError
+from fedmpi.mpi.streams import put
 
 if TYPE_CHECKING:
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.mpi.comm import PackageProcessor
 
 _READ_S = 3.0
 """A terminal or pipe that takes nothing for so long is not read."""

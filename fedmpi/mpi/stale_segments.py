@@ -26,10 +26,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.core.stopping import process_age_s
+from fedmpi.mpi.processes import PROC, process_age_s
 
 SHM = Path("/dev/shm")
-PROC = Path("/proc")
 
 _SEGMENT = re.compile(r"(mpich_shm_|mpich_shar_tmp|ucx_shm_posix_|sm_segment\.|osc_sm\.|vader_segment\.)[^/]+")
 _SESSION = re.compile(r"(?:ompi|prte|dvm|pid)\.(\d+)")  # of the process that made it

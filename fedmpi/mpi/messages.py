@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.core.errors import LaunchError
+from fedmpi.errors import LaunchError
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.core.leftovers import remove_leftovers
+from fedmpi.mpi.stale_segments import remove_leftovers
 
 HOST = socket.gethostname()
 UID = os.geteuid()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from fedmpi.core.errors import FilesystemError
+from fedmpi.errors import FilesystemError
 
 TEMP_SUFFIX = ".tmp"
 

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from fedmpi.core import boundary as boundary_module
-from fedmpi.core import stopping
-from fedmpi.core.boundary import Boundary
-from fedmpi.core.stopping import (
+from fedmpi.lifecycle import policies
+from fedmpi.lifecycle import signals as signals_module
+from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.signals import (
     Deadline,
     StopSignals,
     earlier,
     parse_slurm_time,
-    process_age_s,
     slurm_deadline,
     slurm_seconds_left,
 )
+from fedmpi.mpi.processes import process_age_s
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_ctrl_c_is_noted_once_and_ends_the_job_at_the_second_time(
     assert signals.received == signal.SIGINT
     assert said == ["interrupted: stopping at the end of this round; press Ctrl-C again to stop at once"]
     later = time.monotonic() + 0.3
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: later)
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: later)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -150,7 +150,7 @@ def test_where_slurm_does_not_answer_the_environment_does(
     environ = squeue(tmp_path, body) if body else {"SLURM_JOB_ID": "17"}
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if body and "sleep" in body else str(tmp_path))
     environ["PATH"] = os.environ["PATH"]
-    monkeypatch.setattr(stopping, "_SLURM_ANSWERS_S", 0.5)
+    monkeypatch.setattr(signals_module, "_SLURM_ANSWERS_S", 0.5)
     assert slurm_deadline(environ, in_job(tmp_path)) is None
     left = slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
     assert left is not None
@@ -211,8 +211,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     told = Clock()
-    monkeypatch.setattr(boundary_module, "time", told)
-    monkeypatch.setattr(stopping, "time", told)
+    monkeypatch.setattr(policies, "time", told)
+    monkeypatch.setattr(signals_module, "time", told)
     return told
 
 

@@ -19,14 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fedmpi.core import pulse, streams
-from fedmpi.core.ending import end_all
-from fedmpi.core.errors import EXIT_CRASH, EXIT_STOPPED
-from fedmpi.core.messages import SERVER_RANK
+from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
+from fedmpi.lifecycle import progress
+from fedmpi.lifecycle.exits import end_all
+from fedmpi.mpi import streams
+from fedmpi.mpi.messages import SERVER_RANK
 
 if TYPE_CHECKING:
-    from fedmpi.core.boundary import Boundary
-    from fedmpi.core.comm import PackageProcessor
+    from fedmpi.lifecycle.policies import Boundary
+    from fedmpi.mpi.comm import PackageProcessor
 
 _PATIENCE = 3.0
 """A rank may be silent for this many times the longest silence after which it went on."""
@@ -138,14 +139,14 @@ class Watchdog:
                 self._check_disk(self._boundary)
 
     def _show(self) -> None:
-        self._net.board.show(f"{self._net.activity or 'starting'}, {pulse.steps()} steps so far")
+        self._net.board.show(f"{self._net.activity or 'starting'}, {progress.steps()} steps so far")
 
     def _check_own(self, now: float) -> None:
-        silent_s = self._own.look(now if self._net.waits else (pulse.steps(), self._net.activity), now)
+        silent_s = self._own.look(now if self._net.waits else (progress.steps(), self._net.activity), now)
         if silent_s > self._own.limit_s / 4 and now - self._looked > self._own.limit_s / _LOOKS:
             self._looked = now
-            pulse.look()  # nobody counts the steps of a user's own loop; to look costs a pass over the model
-        steps = pulse.steps()
+            progress.look()  # nobody counts the steps of a user's own loop; to look costs a pass over the model
+        steps = progress.steps()
         silent_s = self._own.look(now if self._net.waits else (steps, self._net.activity), now)
         if silent_s <= self._own.limit_s:
             return

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedmpi.config import RunConfig
-from fedmpi.core.comm import PackageProcessor
-from fedmpi.core.cores import (
+from fedmpi.errors import ConfigError
+from fedmpi.machine.cores import (
     affinity,
     cgroup_quota,
     cores_of_node,
@@ -17,7 +16,7 @@ from fedmpi.core.cores import (
     slurm_allocation,
     threads_per_trainer,
 )
-from fedmpi.core.device import (
+from fedmpi.machine.device import (
     capability,
     local_trainer_index,
     mixed_devices,
@@ -26,8 +25,8 @@ from fedmpi.core.device import (
     trainers_sharing,
     visible_gpus,
 )
-from fedmpi.core.errors import ConfigError
-from fedmpi.core.messages import SERVER_RANK
+from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.messages import SERVER_RANK
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,20 @@ class Machine:
     warning: str | None
 
 
-def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
-    """Collective. This rank's device, opened, and everybody's for the banner."""
+def find_machine(net: PackageProcessor, requested: str, wanted_threads: int | str) -> Machine:
+    """Collective. Open this rank's device, and learn everybody's for the banner.
+
+    Args:
+        net: this rank's end of the communicator.
+        requested: as in `--device`.
+        wanted_threads: as in `--threads`.
+    """
     node = net.node
     host = socket.gethostname()
     where = f"rank {net.rank} on {host}"
     masks = net.on_every_rank(affinity())
     cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
-    threads = -net.max_of(-threads_per_trainer(config.threads, cores, len(node)))  # the same on every node
+    threads = -net.max_of(-threads_per_trainer(wanted_threads, cores, len(node)))  # the same on every node
     net.share_cores(len(node), cores)
     with_server = net.size > 1 and SERVER_RANK in node
     warning = oversubscription_warning(cores, len(node) - with_server, threads, with_server)
@@ -62,13 +67,13 @@ def find_machine(net: PackageProcessor, config: RunConfig) -> Machine:
     def open_own() -> torch.device:
         if net.is_server and net.size > 1:
             return open_device("cpu", threads)
-        visible = visible_gpus() if config.device != "cpu" else 0
-        name = pick_device(config.device, local_trainer_index(node, net.rank), visible, where)
+        visible = visible_gpus() if requested != "cpu" else 0
+        name = pick_device(requested, local_trainer_index(node, net.rank), visible, where)
         return open_device(name, threads, trainers_sharing(node, net.rank, max(1, visible)), where)
 
     device = net.on_all(open_own)
     places = net.on_every_rank((host, str(device), capability(device)))
-    mixed = mixed_devices([place[:2] for place in places[1:]]) if config.device == "auto" else None
+    mixed = mixed_devices([place[:2] for place in places[1:]]) if requested == "auto" else None
     if mixed is not None:
         error = ConfigError(mixed)
         error.everywhere = True  # each rank has seen the same places

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from fedmpi.core import errors
-from fedmpi.core.ending import abort_on_crash, say_error
-from fedmpi.core.errors import ConfigError, DivergedError, FedmpiError, LaunchError
+from fedmpi import errors
+from fedmpi.errors import ConfigError, DivergedError, FedmpiError, LaunchError
+from fedmpi.lifecycle.exits import abort_on_crash, say_error
 
 
 class Aborted(BaseException):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from fedmpi.core.interrupt import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from fedmpi.interrupt import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 
 EXIT_DONE = 0
 EXIT_CRASH = 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedmpi.core.layout import laid_out, memory_format_of
+from fedmpi.core.memory_format import laid_out, memory_format_of
 
 
 class Own(nn.Sequential):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fedmpi.core.comm import PackageProcessor
+from fedmpi.mpi.comm import PackageProcessor
 
 
 class RoundClock:

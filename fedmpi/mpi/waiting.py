@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from fedmpi.core.errors import PeerLostError
+from fedmpi.errors import PeerLostError
 
 _SPIN_S = 3e-4  # a message that is on its way arrives within this time
 _SHARE = 0.1

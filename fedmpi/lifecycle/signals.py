@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedmpi.core.launcher import PROC, in_slurm_job
+from fedmpi.mpi.launcher import in_slurm_job
+from fedmpi.mpi.processes import PROC
 
 _SAME_KEY_S = 0.2  # Ctrl-C reaches a rank twice, from the terminal and from the launcher, in one instant
 _SLURM_ANSWERS_S = 10.0
@@ -148,12 +148,3 @@ def parse_slurm_time(text: str) -> float | None:
 def name_of(signal_number: int) -> str:
     """Such as "SIGTERM"."""
     return signal.Signals(signal_number).name
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started, as Linux tells them; 0 where it does not."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        with open("/proc/self/stat", encoding="utf-8") as file:  # noqa: PTH123  # no pathlib before it is needed
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    return 0.0
