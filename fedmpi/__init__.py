@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedmpi.core.client_manager import ClientPassiveManager
     from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
     from fedmpi.core.manager import NetworkManager
+    from fedmpi.core.messages import MessageCode
     from fedmpi.core.server_manager import ServerManager
     from fedmpi.core.trainer import ClientSGDTrainer, ClientTrainer
     from fedmpi.core.vector import SerializationTool
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
     from fedmpi.data.partition_file import load_dict, save_dict
     from fedmpi.embedded import Run, run
     from fedmpi.errors import FedmpiError
+    from fedmpi.fedlab import PackageProcessor
     from fedmpi.lifecycle.exits import abort_on_crash
     from fedmpi.lifecycle.progress import beat
-    from fedmpi.mpi.comm import PackageProcessor
-    from fedmpi.mpi.messages import MessageCode
 
 _HOME = {
     "Aggregators": "core.aggregate",
@@ -41,9 +41,9 @@ _HOME = {
     "ClientSGDTrainer": "core.trainer",
     "ClientTrainer": "core.trainer",
     "FedmpiError": "errors",
-    "MessageCode": "mpi.messages",
+    "MessageCode": "core.messages",
     "NetworkManager": "core.manager",
-    "PackageProcessor": "mpi.comm",
+    "PackageProcessor": "fedlab",
     "ParameterServerBackendHandler": "core.handler",
     "Run": "embedded",
     "SerializationTool": "core.vector",

@@ -28,10 +28,11 @@ from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadl
 from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import finish_logging, kept_logging, set_up_logging
 from fedmpi.mpi.launcher import announced, speaks
+from fedmpi.mpi.setup import agree, on_root
 from fedmpi.options import parse
 
 if TYPE_CHECKING:
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
     from fedmpi.outcome import Outcome
 
 _busy = threading.Lock()
@@ -109,7 +110,7 @@ def _run(algorithm: str, config_class: type[RunConfig], options: dict[str, objec
             net.close()
     with abort_on_crash(net):
         try:
-            net.agree(mistake)
+            agree(net, mistake)
             assert prepared is not None
             done = _train(net, *prepared, signals, started)
             net.close()
@@ -123,7 +124,7 @@ def _run(algorithm: str, config_class: type[RunConfig], options: dict[str, objec
 
 
 def _train(
-    net: PackageProcessor,
+    net: Comm,
     recipe: str,
     config: RunConfig,
     slurm: Deadline | None,
@@ -143,7 +144,7 @@ def _train(
         stack.callback(finish_logging, 0.0)
         watchdog = stack.enter_context(Watchdog(net, config.stall_timeout)) if net.size > 1 else None
         outcome = run_job(net, recipe, config, watchdog, signals, deadline)
-    return net.on_root(lambda: _run_of(outcome))
+    return on_root(net, lambda: _run_of(outcome))
 
 
 def _run_of(outcome: Outcome) -> Run:

@@ -38,8 +38,10 @@ from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import SUMMARY
 from fedmpi.machine.placement import find_machine
 from fedmpi.models import build_model, model_function
-from fedmpi.mpi.comm import PackageProcessor, library_version
+from fedmpi.mpi.comm import Comm, library_version
+from fedmpi.mpi.setup import on_all, on_every_rank, on_root
 from fedmpi.mpi.timeline import chrome_trace
+from fedmpi.mpi.tree import bcast_vector
 from fedmpi.options import result_hash
 from fedmpi.outcome import Outcome, outcome_of
 from fedmpi.report.banner import banner
@@ -88,7 +90,7 @@ class Halves:
 
 
 def run_job(
-    net: PackageProcessor,
+    net: Comm,
     algorithm: str,
     config: RunConfig,
     watchdog: Watchdog | None,
@@ -111,23 +113,23 @@ def run_job(
     module, _, name = algorithm.partition(":")
     recipe: Algorithm = getattr(importlib.import_module(module), name)
     machine = find_machine(net, config.device, config.threads)
-    dataset = net.on_all(lambda: load_dataset(config.dataset, config.data_dir))
+    dataset = on_all(net, lambda: load_dataset(config.dataset, config.data_dir))
     partition, split = share_partition(net, config, dataset)
-    halves = net.on_all(lambda: build_halves(net, recipe, config, dataset, partition, machine.device))
+    halves = on_all(net, lambda: build_halves(net, recipe, config, dataset, partition, machine.device))
     data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
-    folder = net.on_root(lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
+    folder = on_root(net, lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
     try:
-        if net.on_root(lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
+        if on_root(net, lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
             return outcome_of(EXIT_DONE, folder.path if folder else None, halves.handler)
-        engines = net.on_every_rank(halves.trainer.engine_note if halves.trainer else None)
-        changed = net.on_every_rank(list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
+        engines = on_every_rank(net, halves.trainer.engine_note if halves.trainer else None)
+        changed = on_every_rank(net, list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
         functions: dict[str, list[object]] = {
             "model": functions_of(model_function(config.model) if ":" in config.model else None, halves.model),
             "trainer": [recipe.trainer, type(halves.trainer)],
             "handler": [recipe.handler, type(halves.handler)],
             "algorithm": [importlib.import_module(module)],
         }
-        users = {role: where for found in net.on_every_rank(sources(functions)) for role, where in found.items()}
+        users = {role: where for found in on_every_rank(net, sources(functions)) for role, where in found.items()}
         provenance: dict[str, Any] = {
             "algorithm": algorithm,
             "fedmpi": __version__,
@@ -143,7 +145,7 @@ def run_job(
             **input_record(dataset),
             "sources": users,
         }
-        net.on_root(lambda: folder.begin(config, provenance | split_record(config, split)) if folder else None)
+        on_root(net, lambda: folder.begin(config, provenance | split_record(config, split)) if folder else None)
         facts = {
             "options": result_hash(config),
             "data set": dataset.sha256,
@@ -151,12 +153,14 @@ def run_job(
             "engine": engines[net.rank] or engines[-1],
         }
         layout = halves.memory_format
-        evaluator = net.on_all(lambda: test_evaluator(dataset, machine.device, layout, config.eval_samples))
+        evaluator = on_all(net, lambda: test_evaluator(dataset, machine.device, layout, config.eval_samples))
         progress = Progress(config.rounds, folder.elapsed_s if folder else 0.0)
         boundary = Boundary(folder, config.checkpoint_every, signals, deadline)
         observers = [each for each in (folder, progress) if each]
-        manager = net.on_all(lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals))
-        net.on_root(lambda: resume(folder, manager))
+        manager = on_all(
+            net, lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals)
+        )
+        on_root(net, lambda: resume(folder, manager))
         if machine.warning:
             logger.warning("%s", machine.warning)
         if halves.handler is not None and folder is not None:
@@ -179,7 +183,7 @@ def run_job(
             watchdog.stop()
         if config.timeline:
             spans = net.gather_timeline()
-            net.on_root(lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
+            on_root(net, lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
         failure = manager.failure if isinstance(manager, ServerManager) else None
         outcome = outcome_of(code, folder.path if folder else None, halves.handler, failure)
         if folder is not None and code == EXIT_DONE:
@@ -214,7 +218,7 @@ def resume(folder: RunFolder | None, manager: NetworkManager) -> None:
             manager.load_state_dict(folder.stored["server"])
 
 
-def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
+def share_partition(net: Comm, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
     """Collective. The split, found or made by the server, and its SHA-256.
 
     A large one is mapped by all ranks from one file if they can see it; else the server sends the arrays.
@@ -226,7 +230,7 @@ def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) 
         held.append(index)
         return sha256, len(index.offsets), len(index.indices), index.file
 
-    sha256, num_offsets, num_indices, file = net.on_root(resolve)
+    sha256, num_offsets, num_indices, file = on_root(net, resolve)
     mapped = held[0] if held else map_split(file, whole=False) if file else None
     fits = mapped is not None and (len(mapped.offsets), len(mapped.indices)) == (num_offsets, num_indices)
     if file and net.max_of(int(not fits)) == 0:
@@ -234,11 +238,11 @@ def share_partition(net: PackageProcessor, config: RunConfig, dataset: Dataset) 
         return mapped, sha256
     offsets = held[0].offsets if held else np.empty(num_offsets, np.int64)
     indices = held[0].indices if held else np.empty(num_indices, np.int64)
-    return PartitionIndex(net.bcast_vector(offsets), net.bcast_vector(indices)), sha256
+    return PartitionIndex(bcast_vector(net, offsets), bcast_vector(net, indices)), sha256
 
 
 def build_halves(
-    net: PackageProcessor,
+    net: Comm,
     recipe: Algorithm,
     config: RunConfig,
     dataset: Dataset,
@@ -260,7 +264,7 @@ def initial_model(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
 
 
 def build_manager(
-    net: PackageProcessor,
+    net: Comm,
     config: RunConfig,
     halves: Halves,
     evaluator: Evaluator,

@@ -26,10 +26,11 @@ from fedmpi.logs import finish_logging, set_up_logging
 from fedmpi.mpi import streams
 from fedmpi.mpi.launcher import missing_mpi_advice, speaks
 from fedmpi.mpi.processes import process_age_s
+from fedmpi.mpi.setup import agree
 from fedmpi.options import parse
 
 if TYPE_CHECKING:
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
         before_mpi(config)
         return config, slurm_deadline(os.environ) if speaks() else None
 
-    def job(net: PackageProcessor, prepared: tuple[RunConfig, Deadline | None]) -> int:
+    def job(net: Comm, prepared: tuple[RunConfig, Deadline | None]) -> int:
         begun = time.monotonic()
         signals.catch()  # again: libraries that MPI loads take signals for themselves
         config, slurm = prepared
@@ -86,7 +87,7 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
     return start(words, prepare, job)
 
 
-def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageProcessor, T], int]) -> int:
+def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Comm, T], int]) -> int:
     """Collective if started by mpirun. Prepare without MPI, start MPI, agree on mistakes, run the job.
 
     Args:
@@ -108,7 +109,7 @@ def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageP
         streams.settle(_READ_S)
 
 
-def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[PackageProcessor, T], int]) -> int:
+def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Comm, T], int]) -> int:
     if {"-h", "--help"} & set(argv) and not speaks():
         return EXIT_DONE
     prepared, mistake = None, None
@@ -124,25 +125,25 @@ def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Package
     set_up_logging(net.rank, None)
     interrupt.call(lambda: end_all(net, "interrupted (Ctrl-C) before the first round", EXIT_INTERRUPTED))
     with abort_on_crash(net):
-        net.agree(mistake)
+        agree(net, mistake)
         assert prepared is not None
         return job(net, prepared)
     raise AssertionError("abort_on_crash does not return after a crash")
 
 
-def connect() -> PackageProcessor:
+def connect() -> Comm:
     """Collective if started by mpirun. Start MPI, unless it is started; this rank's end of the communicator.
 
     Raises:
         LaunchError: no MPI library is there, or it does not belong to the launcher.
     """
     try:
-        from fedmpi.mpi.comm import PackageProcessor
+        from fedmpi.mpi.comm import Comm
     except (ImportError, RuntimeError) as error:  # mpi4py raises either when it finds no library to load
         if "mpi" not in str(error).lower():
             raise
         raise LaunchError(missing_mpi_advice()) from error
-    return PackageProcessor()
+    return Comm()
 
 
 def leave(error: FedmpiError) -> int:

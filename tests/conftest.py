@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fedmpi.mpi.launcher import announced
+from fedmpi.mpi.setup import on_every_rank
 
 if TYPE_CHECKING:
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
 
 UNDER_MPI = any(one.size > 1 for one in announced())
 
@@ -70,17 +71,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def net() -> PackageProcessor:
+def net() -> Comm:
     """This rank's end of the communicator; for tests under tests/spmd."""
     return RANKS.net
 
 
 @pytest.fixture
-def agree(net: PackageProcessor) -> Callable[[bool, object], None]:
+def agree(net: Comm) -> Callable[[bool, object], None]:
     """Collective. `agree(ok, detail)` fails on every rank, naming those where `ok` is false and their details."""
 
     def agree(ok: bool, detail: object = "") -> None:
-        told = enumerate(net.on_every_rank((ok, str(detail))))
+        told = enumerate(on_every_rank(net, (ok, str(detail))))
         wrong = [f"rank {rank}: {text}" for rank, (fine, text) in told if not fine]
         if wrong:
             pytest.fail("; ".join(wrong), pytrace=False)

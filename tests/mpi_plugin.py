@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.setup import on_every_rank
 
 PATIENCE_S = 20.0
 START_S = 30.0
@@ -46,8 +47,8 @@ class Ranks:
 
     def __init__(self) -> None:
         """Collective. Starts MPI."""
-        self.net = PackageProcessor()
-        self._meetings = PackageProcessor()  # apart from `net`, whose collectives a failed test may leave half done
+        self.net = Comm()
+        self._meetings = Comm()  # apart from `net`, whose collectives a failed test may leave half done
         self.plugins: pytest.PytestPluginManager | None = None
         self._parted = False  # some rank has left: no more meetings
         self._errors: list[str] = []  # of the collection
@@ -134,7 +135,7 @@ class Ranks:
             self._give_up(f"{stage} {outcome} on {self._name}; others are not here yet\n{text}")
         if alike:
             return ""
-        told = self._meetings.on_every_rank((stage, outcome, text))
+        told = on_every_rank(self._meetings, (stage, outcome, text))
         places = {place for place, _, _ in told}
         self._parted = len(places) > 1 or "left" in (word for _, word, _ in told)
         failed = [rank for rank, (_, _, words) in enumerate(told) if words]
@@ -158,8 +159,8 @@ class Ranks:
         said = self._meet("the collection", outcome, error, START_S)
         if not said:
             return
-        if not self._parted and not any(told := self._meetings.on_every_rank(error)):
-            told = self._meetings.on_every_rank(names)
+        if not self._parted and not any(told := on_every_rank(self._meetings, error)):
+            told = on_every_rank(self._meetings, names)
             rank, other = next((rank, other) for rank, other in enumerate(told) if other != told[0])
             pairs = zip([*told[0], "nothing"], [*other, "nothing"], strict=False)
             first, second = next(pair for pair in pairs if pair[0] != pair[1])

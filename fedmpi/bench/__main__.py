@@ -18,9 +18,10 @@ from fedmpi.errors import EXIT_DONE, ConfigError
 from fedmpi.launch import leave, start
 from fedmpi.lifecycle.files import atomic_write
 from fedmpi.mpi.launcher import speaks
+from fedmpi.mpi.setup import agree
 
 if TYPE_CHECKING:
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
 
 logger = logging.getLogger("fedmpi.bench")
 
@@ -53,10 +54,10 @@ def main(argv: Sequence[str]) -> int:
     return start(argv, prepare, _run)
 
 
-def _run(net: PackageProcessor, prepared: tuple[argparse.Namespace, dict[str, list[float]]]) -> int:
+def _run(net: Comm, prepared: tuple[argparse.Namespace, dict[str, list[float]]]) -> int:
     options, starts = prepared
     if net.size < 3:
-        net.agree(ConfigError(f"the floor takes two trainer ranks: mpirun -n 3 or more, got {net.size}"))
+        agree(net, ConfigError(f"the floor takes two trainer ranks: mpirun -n 3 or more, got {net.size}"))
     figures = _measure(net, options, starts)
     if net.is_server and options.json:
         atomic_write(Path(options.json).expanduser(), json.dumps(figures, indent=1).encode())
@@ -73,7 +74,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
-def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[str, list[float]]) -> dict[str, Any]:
+def _measure(net: Comm, options: argparse.Namespace, starts: dict[str, list[float]]) -> dict[str, Any]:
     """Collective. All figures, and their lines as they come, on the server."""
     from fedmpi.bench import machine
     from fedmpi.bench.cases import CASES
@@ -113,7 +114,7 @@ def _measure(net: PackageProcessor, options: argparse.Namespace, starts: dict[st
     return figures
 
 
-def _scale(net: PackageProcessor, limits: dict[str, float], largest: int) -> dict[str, Any]:
+def _scale(net: Comm, limits: dict[str, float], largest: int) -> dict[str, Any]:
     """Collective. The rows of `scale.overheads`, and what its model says of more ranks, on the server."""
     from fedmpi.bench import scale
 

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 
 from fedmpi.machine.cores import affinity, cgroup_quota, cores_of_node, slurm_allocation
-from fedmpi.mpi.comm import PackageProcessor, library_version
+from fedmpi.mpi.comm import Comm, library_version
+from fedmpi.mpi.setup import agree_on_buffer, on_every_rank
+from fedmpi.mpi.tree import bcast_vector, reduce_sum
 
 _TURNS = 30
 _VECTOR = 1_663_370  # entries of the CNN's vector
 
 
-def facts(net: PackageProcessor) -> dict[str, object]:
+def facts(net: Comm) -> dict[str, object]:
     """Collective. What the figures were measured on, on the server."""
-    cores = cores_of_node(net.on_every_rank(affinity()), cgroup_quota(), slurm_allocation())
+    cores = cores_of_node(on_every_rank(net, affinity()), cgroup_quota(), slurm_allocation())
     cpu = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
     )
@@ -36,7 +38,7 @@ def facts(net: PackageProcessor) -> dict[str, object]:
     }
 
 
-def limits(net: PackageProcessor) -> dict[str, float]:
+def limits(net: Comm) -> dict[str, float]:
     """Collective. Rates of products (all trainers at once, one thread each) and of messages, on the server.
 
     Returns:
@@ -46,23 +48,23 @@ def limits(net: PackageProcessor) -> dict[str, float]:
     trains = not net.is_server or net.size == 1
     shapes = {"large product GFLOP/s": (512, 512, 512), "2nn layer GFLOP/s": (10, 784, 200)}
     rates = {name: _product_rate(*shape) if trains else float("inf") for name, shape in shapes.items()}
-    slowest = {name: min(rate) for name, rate in _by_name(net.on_every_rank(rates)).items()}
+    slowest = {name: min(rate) for name, rate in _by_name(on_every_rank(net, rates)).items()}
     order, vector = np.zeros(1, np.int64), np.zeros(_VECTOR, np.float32)
     sums = np.zeros(_VECTOR, np.int64)
-    short, long, whole = (net.agree_on_buffer("limits", array, written=True) for array in (order, vector, sums))
+    short, long, whole = (agree_on_buffer(net, "limits", array, written=True) for array in (order, vector, sums))
     return {
         **slowest,
-        "broadcast of 8 B, us": 1e6 * _median_s(net, lambda: net.bcast_vector(order, short)),
-        "broadcast GB/s": vector.nbytes / 1e9 / _median_s(net, lambda: net.bcast_vector(vector, long)),
-        "reduction GB/s": sums.nbytes / 1e9 / _median_s(net, lambda: net.reduce_sum(sums, whole)),
+        "broadcast of 8 B, us": 1e6 * _median_s(net, lambda: bcast_vector(net, order, short)),
+        "broadcast GB/s": vector.nbytes / 1e9 / _median_s(net, lambda: bcast_vector(net, vector, long)),
+        "reduction GB/s": sums.nbytes / 1e9 / _median_s(net, lambda: reduce_sum(net, sums, whole)),
     }
 
 
-def pss_mb(net: PackageProcessor) -> list[float]:
+def pss_mb(net: Comm) -> list[float]:
     """Collective. Proportional set size of every rank in MB: pages shared by k processes count 1 / k in each."""
     lines = _lines("/proc/self/smaps_rollup")
     mine = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0.0)
-    return net.on_every_rank(round(mine, 1))
+    return on_every_rank(net, round(mine, 1))
 
 
 def _product_rate(m: int, k: int, n: int) -> float:
@@ -77,7 +79,7 @@ def _product_rate(m: int, k: int, n: int) -> float:
     return float(2e-9 * m * k * n / np.median(spent))
 
 
-def _median_s(net: PackageProcessor, call: Callable[[], object]) -> float:
+def _median_s(net: Comm, call: Callable[[], object]) -> float:
     spent = []
     for _ in range(_TURNS):
         net.barrier()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.mpi.messages import RoundRecord
+from fedmpi.core.messages import RoundRecord
 
 
 class Records(list[RoundRecord]):

@@ -19,8 +19,8 @@ from fedmpi.data.datasets import load_dataset
 from fedmpi.fedavg import FEDAVG
 from fedmpi.job import build_halves, build_manager, initial_model, share_partition
 from fedmpi.machine.placement import find_machine
-from fedmpi.mpi.buffers import Form
-from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.setup import on_all, on_every_rank
 
 FLOOR_RANKS = (1, 2)
 
@@ -75,9 +75,7 @@ class _NoSteps:
 class CaseBench:
     """One case, ready to run on all ranks."""
 
-    def __init__(
-        self, net: PackageProcessor, pair: PackageProcessor, case: Case, device: Literal["auto", "cpu", "cuda"]
-    ) -> None:
+    def __init__(self, net: Comm, pair: Comm, case: Case, device: Literal["auto", "cpu", "cuda"]) -> None:
         """Collective.
 
         Args:
@@ -88,7 +86,7 @@ class CaseBench:
         """
         self._net, self._config = net, case.config(device)
         machine = find_machine(net, self._config.device, self._config.threads)
-        self._dataset = net.on_all(lambda: load_dataset("mnist", None))
+        self._dataset = on_all(net, lambda: load_dataset("mnist", None))
         self._partition, _ = share_partition(net, self._config, self._dataset)
         self._halves = build_halves(net, FEDAVG, self._config, self._dataset, self._partition, machine.device)
         half = self._halves.trainer or self._halves.handler
@@ -117,8 +115,8 @@ class CaseBench:
         if self._net.is_server:
             clients = -(-self._config.clients_per_round // self._net.num_trainers)
             client_ms = 1e3 * float(np.median([record.timings["train_s"] for record in empty])) / clients
-        notes = self._net.on_every_rank(trainer.engine_note if trainer else "")
-        forms = self._net.on_every_rank(self._floor.form if self._floor else "")
+        notes = on_every_rank(self._net, trainer.engine_note if trainer else "")
+        forms = on_every_rank(self._net, self._floor.form if self._floor else "")
         return Rounds(
             fedmpi_s,
             floor_s,
@@ -159,7 +157,7 @@ class CaseBench:
         seconds, evaluate_s = (self._net.max_of(each) / 1e9 / self._config.rounds for each in (spent_ns, evaluate_ns))
         return seconds, evaluate_s, self._net.max_of(round(1e6 * accuracy)) / 1e6
 
-    def _bare_loop(self, pair: PackageProcessor, device: torch.device) -> BareLoop:
+    def _bare_loop(self, pair: Comm, device: torch.device) -> BareLoop:
         data = ClientData(self._dataset, self._partition, device)
         return BareLoop(
             initial_model(self._config, self._dataset).to(device),
@@ -167,7 +165,7 @@ class CaseBench:
             Samples(self._dataset, self._dataset.test, device).take(np.arange(len(self._dataset.test))),
             FLOOR_RANKS.index(self._net.rank),
             len(FLOOR_RANKS),
-            lambda values: pair.sum_all(values, Form(str(values.dtype), values.shape)),  # no comparing: it is a floor
+            pair.sum_all,
             self._config.client_lr,
             self._config.batch_size,
         )

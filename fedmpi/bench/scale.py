@@ -23,7 +23,7 @@ from fedmpi.core.client_manager import ClientPassiveManager
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.server_manager import ServerManager
 from fedmpi.core.trainer import ClientTrainer
-from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.comm import Comm
 
 CLIENTS = (100, 1000, 10_000, 100_000, 1_000_000)
 ENTRIES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -49,7 +49,7 @@ class _Still(ClientTrainer):
         self.loss = 0.0
 
 
-def overheads(net: PackageProcessor, largest: int) -> Iterator[dict[str, Any]]:
+def overheads(net: Comm, largest: int) -> Iterator[dict[str, Any]]:
     """Collective. One row for each number of clients, then for each vector length; milliseconds, on the server.
 
     A vector of more than `largest` entries, or that would not fit into this node's free memory, is left out.
@@ -76,7 +76,7 @@ def predicted_ms(limits: dict[str, float], num_measured: int, num_ranks: int, nu
     return math.ceil(math.log2(num_ranks)) * (2 * latency_ms + num_entries * bytes_ms)
 
 
-def _round_ms(net: PackageProcessor, num_clients: int, num_entries: int) -> dict[str, float]:
+def _round_ms(net: Comm, num_clients: int, num_entries: int) -> dict[str, float]:
     """Collective. Medians over the rounds but the first."""
     rounds = max(3, min(_ROUNDS, 20_000_000 // num_entries))
     records = Records()

@@ -15,6 +15,7 @@ import torch
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.manager import Buffer, NetworkManager
+from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import integer_state
 from fedmpi.core.views import check_views
@@ -22,8 +23,9 @@ from fedmpi.core.visits import LeakCheck, Visits
 from fedmpi.errors import ConfigError
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.signals import StopSignals
-from fedmpi.mpi.comm import PackageProcessor
-from fedmpi.mpi.messages import SERVER_RANK, ClientUpdate, LocalWork, MessageCode, Order
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.processes import SERVER_RANK
+from fedmpi.mpi.work_queue import WorkQueue
 
 _TOGETHER = 32
 """Clients of one step each that are trained together: what they share is then next to nothing a client."""
@@ -37,7 +39,7 @@ class ClientPassiveManager(NetworkManager):
 
     def __init__(
         self,
-        net: PackageProcessor,
+        net: Comm,
         trainer: ClientTrainer,
         evaluator: Evaluator | None = None,
         facts: Mapping[str, object] | None = None,
@@ -79,7 +81,7 @@ class ClientPassiveManager(NetworkManager):
         self._share_sizes(num_clients, self.trainer, self.trainer_idx)
         self.begin(num_clients)
         if self.net.max_of(0):
-            self.net.open_line()
+            self.queue = WorkQueue(self.net)
 
     def begin(self, num_clients: int) -> None:
         """Make ready for the first round of a job with so many clients in all."""
@@ -175,8 +177,11 @@ class ClientPassiveManager(NetworkManager):
         """The clients placed on this rank, at once, or those it draws from the line, a few at a time."""
         if len(order.ranks) and order.ranks[0] < 0:
             line = order.cohort[np.argsort(-1 - order.ranks)]
+            assert self.queue is not None, "setup comes first"
             takes_one_step = self.trainer.takes_one_step
-            for places in self.net.draw(len(line), lambda place: _AT_LEAST if takes_one_step(int(line[place])) else 1):
+            for places in self.queue.draw(
+                len(line), lambda place: _AT_LEAST if takes_one_step(int(line[place])) else 1
+            ):
                 yield line[places.start : places.stop].tolist()
         else:
             yield order.cohort[order.ranks == self.net.rank].tolist()

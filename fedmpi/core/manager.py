@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedmpi.core.collection import bcast_order, collect
 from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import LocalWork, MessageCode, Order, RoundRecord
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import model_facts
 from fedmpi.errors import ConfigError
 from fedmpi.machine.device import capability
-from fedmpi.mpi.comm import PackageProcessor
-from fedmpi.mpi.messages import LocalWork, MessageCode, Order, RoundRecord
-from fedmpi.mpi.setup import describe
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.setup import agree_on_buffer, describe, everywhere, on_every_rank, require_same
+from fedmpi.mpi.tree import bcast_vector, gather_counts
+from fedmpi.mpi.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +48,26 @@ class NetworkManager(ABC):
 
     Attributes:
         net: this rank's end of the communicator.
+        queue: of clients that idle trainers draw; None: each is placed before the round.
     """
 
-    def __init__(self, net: PackageProcessor, facts: Mapping[str, object] | None = None) -> None:
+    def __init__(self, net: Comm, facts: Mapping[str, object] | None = None) -> None:
         """Over `net`; nothing is sent yet. `facts`: more that must be the same on all ranks."""
         self.net = net
+        self.queue: WorkQueue | None = None
         self._facts = facts or {}
 
     def run(self) -> int:
         """Collective. Train until the server says EXIT; returns the exit code, the same on every rank."""
         self.setup()
-        agreed = self.net.agree_on_buffer("bcast_vector", self.downlink(), written=not self.net.is_server)
+        agreed = agree_on_buffer(self.net, "bcast_vector", self.downlink(), written=not self.net.is_server)
         while True:
-            order = self.net.bcast_order(self.next_order())  # A  server -> all
+            order = bcast_order(self.net, self.next_order())  # A  server -> all
             if order.code is MessageCode.EXIT:
                 return self.net.leave(order.exit_code)
-            vector = self.net.bcast_vector(self.downlink(), agreed)  # B  server -> all   (P,)
+            vector = bcast_vector(self.net, self.downlink(), agreed)  # B  server -> all   (P,)
             work = self.local_work(order, vector)  #              no communication
-            self.net.collect(order, work, self)  #             C  all -> server: exact sum (P,) or rows (K, P)
+            collect(self.net, order, work, self)  #             C  all -> server: exact sum (P,) or rows (K, P)
             self.finish_round(order, work)  #                     no communication
 
     @abstractmethod
@@ -102,9 +107,9 @@ class NetworkManager(ABC):
 
     def _check_same(self, model: torch.nn.Module, device: torch.device | None) -> None:
         """`device`: where this rank trains, None if it does not."""
-        self.net.require_same({"torch version": str(torch.__version__), **model_facts(model), **self._facts})
+        require_same(self.net, {"torch version": str(torch.__version__), **model_facts(model), **self._facts})
         on_cpu = device is None or device.type == "cpu"
-        held = self.net.on_every_rank((capability(device), device is not None, on_cpu))
+        held = on_every_rank(self.net, (capability(device), device is not None, on_cpu))
         # the server's CPU made the initial weights; beside trainers on GPUs there is nothing to compare it with
         of_server = all(cpu for _, _, cpu in held)
         models = [model if trains or of_server else None for model, trains, _ in held]
@@ -119,15 +124,15 @@ class NetworkManager(ABC):
         """Collective. (N,) sample counts on the server: each trainer counts every num_trainers-th client."""
         step = self.net.num_trainers
         if self.net.max_of(int(trainer is not None and trainer.single_client)) and num_clients != step:
-            error = ConfigError(
-                f"each trainer rank holds one client of its own, so {num_clients} clients want {num_clients} trainer"
-                f" ranks (mpirun -n {num_clients + 1}), got {step}"
+            raise everywhere(
+                ConfigError(
+                    f"each trainer rank holds one client of its own, so {num_clients} clients want {num_clients}"
+                    f" trainer ranks (mpirun -n {num_clients + 1}), got {step}"
+                )
             )
-            error.everywhere = True
-            raise error
         ids = np.arange(trainer_idx, num_clients, step) if trainer is not None else np.empty(0, np.int64)
         counts = trainer.num_samples(ids) if trainer is not None else ids
-        pairs = self.net.gather_counts(np.stack([ids, counts], 1).reshape(-1))
+        pairs = gather_counts(self.net, np.stack([ids, counts], 1).reshape(-1))
         sizes = np.zeros(num_clients, np.int64)
         sizes[pairs[0::2]] = pairs[1::2]
         return sizes

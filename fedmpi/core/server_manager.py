@@ -22,6 +22,7 @@ from fedmpi.core.evaluate import Metrics, metrics_of
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.manager import Buffer, NetworkManager, Observer
+from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
 from fedmpi.core.schedule import CostModel, is_pinned, place, queue
 from fedmpi.core.timings import RoundClock
 from fedmpi.core.vector import num_trainable
@@ -29,8 +30,8 @@ from fedmpi.core.views import check_views
 from fedmpi.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergedError, FedmpiError
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.policies import Boundary
-from fedmpi.mpi.comm import PackageProcessor
-from fedmpi.mpi.messages import ClientUpdate, LocalWork, MessageCode, Order, RoundRecord
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class ServerManager(NetworkManager):
 
     def __init__(
         self,
-        net: PackageProcessor,
+        net: Comm,
         handler: SyncParameterServerHandler,
         local: ClientPassiveManager | None = None,
         *,
@@ -116,7 +117,9 @@ class ServerManager(NetworkManager):
             self.local.begin(num_clients)
         self.handler.client_sizes = self._share_sizes(num_clients, trainer, 0)
         if self.net.max_of(int(self._draws)):
-            self.net.open_line()
+            self.queue = WorkQueue(self.net)
+            if self.local is not None:
+                self.local.queue = self.queue
         if self.boundary.keeps:
             self._before = Attributes(self.handler.model, self.handler, self.handler.own_fields)
         self.boundary.begin(self.handler.round_idx, self.state_dict, self._resumed)
@@ -160,7 +163,8 @@ class ServerManager(NetworkManager):
         costs, num_trainers = self._costs.costs(sizes), self.net.num_trainers
         if self._draws and not is_pinned(len(cohort), num_trainers, handler.num_clients):
             ranks = -1 - queue(costs)
-            self.net.begin_line()
+            assert self.queue is not None, "setup comes first"
+            self.queue.begin()
         else:
             ranks = place(cohort, costs, num_trainers, handler.num_clients) + (self.net.size > 1)
         self.net.activity = f"round {handler.round_idx}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.comm import Comm
 
 
 class RoundClock:
@@ -14,7 +14,7 @@ class RoundClock:
     The call order is start, sent, (busy ...) collected, stepped, then start, sent for an evaluation, then timings.
     """
 
-    def __init__(self, net: PackageProcessor, elapsed_s: float = 0.0) -> None:
+    def __init__(self, net: Comm, elapsed_s: float = 0.0) -> None:
         """The first round of this job starts now, `elapsed_s` after the beginning of the run."""
         self._net = net
         self._laps: dict[str, float] = {}

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmpi.core.attributes import Attributes
+from fedmpi.core.messages import Order
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.vector import load_integer_state
 from fedmpi.core.views import check_views
 from fedmpi.errors import ConfigError
-from fedmpi.mpi.messages import Order
 
 logger = logging.getLogger(__name__)
 

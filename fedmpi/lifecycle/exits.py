@@ -14,14 +14,14 @@ from fedmpi.errors import EXIT_CRASH, EXIT_INTERRUPTED, FedmpiError
 from fedmpi.mpi.streams import put
 
 if TYPE_CHECKING:
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
 
 _READ_S = 3.0
 """A terminal or pipe that takes nothing for so long is not read."""
 
 
 @contextmanager
-def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
+def abort_on_crash(net: Comm) -> Iterator[None]:
     """Around all a rank does: whatever ends one rank ends the job, at once, with a true exit code and one message.
 
     That includes `sys.exit` and `os._exit` before the server has sent everybody home. An error that every rank raised
@@ -50,7 +50,7 @@ def abort_on_crash(net: PackageProcessor) -> Iterator[None]:
 
 
 @contextmanager
-def _guarded_exit(net: PackageProcessor) -> Iterator[None]:
+def _guarded_exit(net: Comm) -> Iterator[None]:
     """`os._exit` in this process ends the job: a launcher may take a rank that leaves with 0 for one that is done."""
     real, pid = os._exit, os.getpid()
 
@@ -77,7 +77,7 @@ def say(message: str, patience_s: float = _READ_S) -> None:
         put(2, f"fedmpi: {' '.join(message.split())}\n".encode(errors="backslashreplace"), patience_s)
 
 
-def end_all(net: PackageProcessor, message: str, exit_code: int) -> NoReturn:
+def end_all(net: Comm, message: str, exit_code: int) -> NoReturn:
     """End every rank with `exit_code`, from any thread.
 
     One message a node, in one write: others often fail for the same reason, or because of this failure.

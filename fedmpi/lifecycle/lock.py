@@ -27,6 +27,7 @@ from types import TracebackType
 from fedmpi.errors import FilesystemError, shown
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.files import read_regular, temp_path
+from fedmpi.mpi.processes import process_stat
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
@@ -280,8 +281,5 @@ def _alive(holder: Holder) -> bool:
 
 def _process(pid: int) -> tuple[str, str]:
     """State letter and start time of a process as Linux tells them; empty where it does not."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
+    stat = process_stat(pid)
+    return stat.state, str(stat.started or "")

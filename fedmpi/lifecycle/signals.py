@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedmpi.mpi.launcher import in_slurm_job
 from fedmpi.mpi.processes import PROC
+from fedmpi.mpi.slurm import in_slurm_job
 
 _SAME_KEY_S = 0.2  # Ctrl-C reaches a rank twice, from the terminal and from the launcher, in one instant
 _SLURM_ANSWERS_S = 10.0

@@ -2,7 +2,7 @@
 
 A rank hangs if its steps stand still while it is not waiting for others: its own thread sees that, and prints where the
 main thread is. A rank whose threads stand still too (stopped, or stuck in a system call that keeps Python's lock) shows
-nothing new on the node's board: the other ranks of the node see that. Of a rank that is alone on another node the
+nothing new in the node's status: the other ranks of the node see that. Of a rank that is alone on another node the
 server sees only that it does not answer, and the trainers see as much of the server.
 """
 
@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,11 @@ from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.exits import end_all
 from fedmpi.mpi import streams
-from fedmpi.mpi.messages import SERVER_RANK
+from fedmpi.mpi.processes import SERVER_RANK, process_stat
 
 if TYPE_CHECKING:
     from fedmpi.lifecycle.policies import Boundary
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
 
 _PATIENCE = 3.0
 """A rank may be silent for this many times the longest silence after which it went on."""
@@ -74,7 +73,7 @@ class Silence:
 class Watchdog:
     """`with Watchdog(...)` around a job: its set-up, then, from `begin_rounds` to `stop`, the round loop."""
 
-    def __init__(self, net: PackageProcessor, timeout_s: float) -> None:
+    def __init__(self, net: Comm, timeout_s: float) -> None:
         """Watch this rank and its node.
 
         Args:
@@ -139,7 +138,7 @@ class Watchdog:
                 self._check_disk(self._boundary)
 
     def _show(self) -> None:
-        self._net.board.show(f"{self._net.activity or 'starting'}, {progress.steps()} steps so far")
+        self._net.status.show(f"{self._net.activity or 'starting'}, {progress.steps()} steps so far")
 
     def _check_own(self, now: float) -> None:
         silent_s = self._own.look(now if self._net.waits else (progress.steps(), self._net.activity), now)
@@ -165,7 +164,7 @@ class Watchdog:
 
     def _check_node(self, now: float) -> None:
         for rank, silence in self._others.items():
-            count, doing = self._net.board.read(rank)
+            count, doing = self._net.status.read(rank)
             silent_s = silence.look(count, now)
             if silent_s > silence.limit_s:
                 pid = self._net.peers.get(rank)
@@ -185,11 +184,11 @@ class Watchdog:
 
     def _answer_s(self) -> float:
         """How long a rank may take to answer the order of the round at hand."""
-        order = self._net.order
-        if order is None:
+        pending = self._net.pending
+        if pending is None:
             return max(self._timeout_s, _SET_UP_S)
-        client_s = max(self._timeout_s, _PATIENCE * order.longest_client_ms / 1e3)
-        return client_s * (order.clients_a_rank + 1) * (1 if order.longest_client_ms else _UNKNOWN)
+        client_s = max(self._timeout_s, _PATIENCE * pending.longest_client_s)
+        return client_s * (pending.clients_per_rank + 1) * (1 if pending.longest_client_s else _UNKNOWN)
 
     def _check_disk(self, boundary: Boundary) -> None:
         writes_s, longest_s = boundary.writes_for_s()
@@ -208,9 +207,8 @@ class Watchdog:
 
 def _how_it_is(pid: int | None) -> str:
     """The state of a process of this host; prints its stack if it can still do that."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+    state = process_stat(pid).state if pid else ""
+    if not state:
         return "its state is unknown"
     if state in "Tt":
         return "it is stopped (SIGSTOP, or a debugger)"

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fedmpi.mpi.launcher import in_slurm_task
 from fedmpi.mpi.processes import PROC
+from fedmpi.mpi.slurm import in_slurm_task
 
 CGROUPS = Path("/sys/fs/cgroup")
 

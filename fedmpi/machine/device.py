@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmpi.errors import ConfigError
-from fedmpi.mpi.messages import SERVER_RANK
-from fedmpi.mpi.processes import own_node_rank
+from fedmpi.mpi.processes import SERVER_RANK, own_node_rank
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,9 @@ from fedmpi.machine.device import (
     trainers_sharing,
     visible_gpus,
 )
-from fedmpi.mpi.comm import PackageProcessor
-from fedmpi.mpi.messages import SERVER_RANK
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.processes import SERVER_RANK
+from fedmpi.mpi.setup import everywhere, on_all, on_every_rank
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Machine:
     warning: str | None
 
 
-def find_machine(net: PackageProcessor, requested: str, wanted_threads: int | str) -> Machine:
+def find_machine(net: Comm, requested: str, wanted_threads: int | str) -> Machine:
     """Collective. Open this rank's device, and learn everybody's for the banner.
 
     Args:
@@ -57,10 +58,10 @@ def find_machine(net: PackageProcessor, requested: str, wanted_threads: int | st
     node = net.node
     host = socket.gethostname()
     where = f"rank {net.rank} on {host}"
-    masks = net.on_every_rank(affinity())
+    masks = on_every_rank(net, affinity())
     cores = cores_of_node([masks[rank] for rank in node], cgroup_quota(), slurm_allocation())
     threads = -net.max_of(-threads_per_trainer(wanted_threads, cores, len(node)))  # the same on every node
-    net.share_cores(len(node), cores)
+    net.waiting.ranks_per_core = len(node) / cores
     with_server = net.size > 1 and SERVER_RANK in node
     warning = oversubscription_warning(cores, len(node) - with_server, threads, with_server)
 
@@ -71,11 +72,9 @@ def find_machine(net: PackageProcessor, requested: str, wanted_threads: int | st
         name = pick_device(requested, local_trainer_index(node, net.rank), visible, where)
         return open_device(name, threads, trainers_sharing(node, net.rank, max(1, visible)), where)
 
-    device = net.on_all(open_own)
-    places = net.on_every_rank((host, str(device), capability(device)))
+    device = on_all(net, open_own)
+    places = on_every_rank(net, (host, str(device), capability(device)))
     mixed = mixed_devices([place[:2] for place in places[1:]]) if requested == "auto" else None
     if mixed is not None:
-        error = ConfigError(mixed)
-        error.everywhere = True  # each rank has seen the same places
-        raise error
+        raise everywhere(ConfigError(mixed))  # each rank has seen the same places
     return Machine(device, threads, places, warning if net.rank == node[0] else None)

@@ -2,19 +2,23 @@
 
 MPI counts bytes. A buffer with gaps, in another order, of another length or another type is read and written all the
 same, and becomes numbers that nobody sent. So every transfer looks at its buffer first (`check_buffer`), and calls of a
-user's own compare the buffers of all ranks too (`Agreement.agree_on_buffer`).
+user's own compare the buffers of all ranks too (`setup.agree_on_buffer`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.errors import TransferError
+
+MAX_MESSAGE_BYTES = 2**30
+"""Longer buffers travel in pieces: MPI's classic calls count in a C int."""
 
 DEVICE_BYTES = "torch.uint8"
 """Memory of a device, as bytes: the only buffer that is no NumPy array. What the bytes mean, their owner knows."""
@@ -122,3 +126,15 @@ def is_alike(largest: NDArray[np.int64]) -> bool:
     """Return True if the ranks whose signatures have these maxima passed the same."""
     refused, most, least, digest, negated = largest.tolist()
     return not refused and most == -least and (digest == -negated or digest == negated == _ANY)
+
+
+def as_bytes(array: Any) -> Any:
+    """Return the same memory as bytes, which MPI counts alike on every library; a device's are bytes already."""
+    return array.reshape(-1).view(np.uint8) if isinstance(array, np.ndarray) else array
+
+
+def pieces_of(array: Any, num_bytes: int = MAX_MESSAGE_BYTES) -> Iterator[Any]:
+    """Return contiguous parts of at most `num_bytes`, or of one item, whole items each."""
+    flat = array.reshape(-1)
+    step = max(1, num_bytes // array.itemsize)
+    return (flat[start : start + step] for start in range(0, len(flat), step))

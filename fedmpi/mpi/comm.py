@@ -1,8 +1,7 @@
-"""The only importer of mpi4py: what fedmpi sends, and how a rank waits and ends.
+"""The only importer of mpi4py: one rank's end of the job, with the few calls that the rest of fedmpi is made of.
 
-Importing this module loads the MPI library; the first `PackageProcessor` starts MPI. In the round loop everything
-travels through buffers; the pickled (lower-case) calls of mpi4py serve the set-up only (`on_root`, `agree`,
-`same_everywhere`). Every wait is a non-blocking call and `Waiting`.
+Importing this module loads the MPI library; the first `Comm` starts MPI. In the round loop everything travels through
+buffers; the pickled calls (`share`, `tell`) serve the set-up only. Every wait is a non-blocking call and `Waiting`.
 """
 
 from __future__ import annotations
@@ -12,25 +11,22 @@ import os
 import signal
 import time
 import warnings
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import mpi4py
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.errors import LaunchError, TransferError
-from fedmpi.mpi.buffers import Form, check_buffer, described
-from fedmpi.mpi.collection import Collection
+from fedmpi.mpi.buffers import as_bytes, check_buffer, described, pieces_of
 from fedmpi.mpi.launcher import abort_through_hydra, check_launcher
-from fedmpi.mpi.messages import SERVER_RANK
-from fedmpi.mpi.node_status import NOBODY, SAID, Board, board_bytes
-from fedmpi.mpi.processes import note_node_rank
+from fedmpi.mpi.node_status import NOBODY, SAID, NodeStatus, status_bytes
+from fedmpi.mpi.processes import SERVER_RANK, namespace, note_node_rank
 from fedmpi.mpi.single_copy import avoid_single_copy
 from fedmpi.mpi.stale_segments import remove_leftovers
 from fedmpi.mpi.streams import settle, tell
 from fedmpi.mpi.timeline import Span, Timeline
-from fedmpi.mpi.tree import as_bytes, pieces_of
-from fedmpi.mpi.waiting import Arrival, Request, Waiting
+from fedmpi.mpi.waiting import Arrival, Pending, Request, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # else UCX takes SIGHUP for the wish to print megabytes of its own log
@@ -40,106 +36,83 @@ from mpi4py import MPI  # noqa: E402  # the settings above must come first
 
 T = TypeVar("T")
 
-_SUMMED = "float32 or float64 or int32 or int64"  # what every MPI library adds up
+SUMMED = "float32 or float64 or int32 or int64"
+"""What every MPI library adds up."""
+
 _ABORT_S = 3.0
 _FLUSH_S = 1.0  # for what was printed before
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
 
 
-class PackageProcessor(Collection):
+class Comm:
     """One rank's end of the job's communicator.
 
     Attributes:
         rank: this process, 0 is the server.
         size: all processes.
-        bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
-        activity: what this rank is doing, for the message of a crash, e.g. "client 7, round 3".
-        one_node: whether all ranks share one node's memory.
-        over: whether the server has sent everybody home, so that this process may end.
-        timeline: notes what this rank spends its time on, if somebody has begun it.
+        num_trainers: ranks that train: all but the server, or the server itself when it is alone.
         node: the ranks that share this rank's memory, ascending.
         peers: rank -> process id of the others of them, as far as this process can see them.
-        board: what these ranks show each other.
+        one_node: True if all ranks share one node's memory.
+        status: what the ranks of the node show each other.
+        timeline: notes what this rank spends its time on, once it has begun.
+        waiting: how this rank waits; how deeply it sleeps depends on the ranks per core.
         waits_for: the rank this one waits to hear from or to be heard by, if any, and since when (`time.monotonic`).
+        activity: what this rank is doing, for the message of a crash, e.g. "client 7, round 3".
+        pending: the order of the round at hand; None before the first.
+        bytes_sent: payload this rank has put on the wire or taken from it, for the record of a round.
+        over: True once the server has ended the job, so that this process may end.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None) -> None:
-        """Collective. Starts MPI, and duplicates `comm` (default: the world) so that nobody else's messages meet ours.
+        """Collective. Start MPI, and duplicate `comm` (default: the world) so that nobody else's messages meet ours.
 
         Raises:
             LaunchError: this process was started by the launcher of another MPI library.
         """
-        if MPI.Is_finalized():
-            raise LaunchError("MPI is finalized in this process and cannot start again: start another process")
-        library = MPI.Get_library_version()
-        if not MPI.Is_initialized():
-            check_launcher(library, None)
-            remove_leftovers()
-            avoid_single_copy()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, on what is checked and refused below
-                MPI.Init_thread(MPI.THREAD_SERIALIZED)  # one thread talks to MPI, not always the main one
-        check_launcher(library, MPI.COMM_WORLD.Get_size())
+        start_mpi()
         self._comm = (comm or MPI.COMM_WORLD).Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._counter: MPI.Win | None = None
         self.rank = self._comm.Get_rank()
         self.size = self._comm.Get_size()
+        self.is_server = self.rank == SERVER_RANK
+        self.num_trainers = max(1, self.size - 1)
         self.bytes_sent = 0
         self.activity = ""
+        self.pending: Pending | None = None
         self.over = False
         self.timeline = Timeline()
-        self._counter: MPI.Win | None = None
         self.waits_for: tuple[int | None, float] = None, 0.0
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         assert isinstance(node, MPI.Intracomm)
-        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""  # noqa: PTH110, PTH115
-        held = node.allgather((self.rank, os.getpid(), namespace))
-        self.node = sorted(rank for rank, _, _ in held)
-        self.peers = {rank: pid for rank, pid, theirs in held if rank != self.rank and theirs == namespace}
+        processes = sorted(node.allgather((self.rank, os.getpid(), namespace("pid"))))
+        self.node = [rank for rank, _, _ in processes]
+        self.peers = {rank: pid for rank, pid, where in processes if rank != self.rank and where == namespace("pid")}
         if comm is None:
             note_node_rank(self.node, self.rank)
-        self.board = self._shared_board(node)
+        self.status = self._open_status(node)
         node.Free()
-        self._waiting = Waiting(self.peers)
+        self.waiting = Waiting(self.peers)
         self.one_node = self.max_of(self.size - len(self.node)) == 0
+
+    def _open_status(self, node: MPI.Intracomm) -> NodeStatus:
+        """Collective among the ranks of `node`."""
+        first = node.Get_rank() == 0
+        self._window = MPI.Win.Allocate_shared(status_bytes(len(self.node)) if first else 0, 8, comm=node)
+        memory, _ = self._window.Shared_query(0)
+        status = NodeStatus(np.asarray(memory).view(np.uint8), self.node, self.rank)
+        if first:
+            status.clear()
+        node.Barrier()
+        return status
 
     @property
     def waits(self) -> bool:
-        """Whether this rank is waiting for others; any thread may ask."""
-        return self._waiting.now
+        """True while this rank is waiting for others; any thread may ask."""
+        return self.waiting.now
 
-    def share_cores(self, num_ranks: int, num_cores: int) -> None:
-        """So many ranks share this node's cores, which decides how deeply a waiting rank sleeps."""
-        self._waiting.ranks_per_core = num_ranks / num_cores
-
-    def open_line(self) -> None:
-        """Collective. Make ready for `begin_line` and `draw`."""
-        self._counter = MPI.Win.Allocate(8 if self.is_server else 0, 8, comm=self._comm)
-        self._counter.Lock_all()
-
-    def close_line(self) -> None:
-        """Collective. The end of `open_line`, if that was called."""
-        if self._counter is not None:
-            self.barrier()  # a patient wait: the next line is collective
-            self._counter.Unlock_all()
-            self._counter.Free()
-            self._counter = None
-
-    def _count_on(self, operand: int, replace: bool = False) -> int:
-        assert self._counter is not None, "open_line comes first"
-        value, got = np.array([operand], np.int64), np.empty(1, np.int64)
-        self._counter.Fetch_and_op(value, got, SERVER_RANK, 0, MPI.REPLACE if replace else MPI.SUM)
-        self._counter.Flush(SERVER_RANK)  # done by this rank alone: within a node it is an atomic in shared memory
-        return int(got[0])
-
-    def max_of(self, value: int) -> int:
-        """Collective. The largest of the ranks' values, on every rank."""
-        return int(self._largest(np.array([operator.index(value)], np.int64))[0])
-
-    def _largest(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        largest = np.empty_like(values)
-        self._waiting.until(self._comm.Iallreduce(values, largest, MPI.MAX))
-        return largest
+    # Buffers.
 
     def send(self, array: NDArray[Any], *ranks: int) -> None:
         """Send a contiguous buffer of at most `MAX_MESSAGE_BYTES` to each of `ranks`, at the same time.
@@ -172,29 +145,32 @@ class PackageProcessor(Collection):
 
     def _wait_for(self, rank: int, request: Request) -> None:
         self.waits_for = rank, time.monotonic()
-        self._waiting.until(request)
+        self.waiting.until(request)
         self.waits_for = None, 0.0
 
-    def sum_all(self, values: NDArray[Any], agreed: Form | None = None) -> None:
-        """Collective. Every rank's buffer becomes the sum over all of them; float sums depend on the ranks.
+    def max_of(self, value: int) -> int:
+        """Collective. Return the largest of the ranks' values, on every rank."""
+        return int(self.largest(np.array([operator.index(value)], np.int64))[0])
 
-        Args:
-            values: float32, float64, int32 or int64, of the same dtype and shape on all ranks.
-            agreed: what `agree_on_buffer` returned; None: compare the ranks' buffers now.
+    def largest(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Collective. Return the largest of the ranks' values, entry by entry, on every rank."""
+        largest = np.empty_like(values)
+        self.waiting.until(self._comm.Iallreduce(values, largest, MPI.MAX))
+        return largest
+
+    def sum_all(self, values: NDArray[Any]) -> None:
+        """Collective. Make every rank's buffer the sum over all of them; it looks at this rank's only.
 
         Raises:
-            TransferError: on every rank, if any rank's buffer is unfit or another.
+            TransferError: on this rank, if the buffer is unfit.
         """
-        if agreed is None:
-            self.agree_on_buffer("sum_all", values, _SUMMED, written=True)
-        else:
-            agreed.check(values, written=True)
+        check_buffer(values, SUMMED, written=True)
         for piece in pieces_of(values):
-            self._waiting.until(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
+            self.waiting.until(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
 
     def barrier(self) -> None:
-        """Collective. Returns when all ranks are here."""
-        self._waiting.until(self._comm.Ibarrier())
+        """Collective. Return when all ranks are here; a patient wait, before a call that would spin."""
+        self.waiting.until(self._comm.Ibarrier())
 
     def try_alike(self, value: int, patience_s: float | None) -> bool | None:
         """Collective. Return True if all ranks pass the same value, None if not all are here within `patience_s`.
@@ -202,33 +178,64 @@ class PackageProcessor(Collection):
         After None, abort.
         """
         both, largest = np.array([value, -value], np.int64), np.empty(2, np.int64)
-        if not self._waiting.until(self._comm.Iallreduce(both, largest, MPI.MAX), patience_s):
+        if not self.waiting.until(self._comm.Iallreduce(both, largest, MPI.MAX), patience_s):
             return None
         return bool(largest[0] == -largest[1])
 
-    def gather_timeline(self) -> list[tuple[str, list[Span]]]:
-        """Collective. After the last round: every rank's host and spans, on the server; elsewhere nothing."""
-        self.barrier()  # a patient wait
-        return self._comm.gather(self.timeline.end(), SERVER_RANK) or []
+    # The server's counter (see `work_queue`).
 
-    # The set-up (see `Agreement`) and the end.
+    def open_counter(self) -> None:
+        """Collective. Make room for the counter; its first value may be any."""
+        assert self._counter is None, "one at a time"
+        self._counter = MPI.Win.Allocate(8 if self.is_server else 0, 8, comm=self._comm)
+        self._counter.Lock_all()
 
-    def _share(self, value: Any) -> Any:
-        return self._comm.bcast(value, SERVER_RANK)
+    def fetch_and_add(self, operand: int) -> int:
+        """One-sided. Add to the server's counter, and return the value before."""
+        assert self._counter is not None, "open_counter comes first"
+        value, before = np.array([operand], np.int64), np.empty(1, np.int64)
+        self._counter.Fetch_and_op(value, before, SERVER_RANK, 0, MPI.SUM)
+        self._counter.Flush(SERVER_RANK)  # done by this rank alone: within a node it is an atomic in shared memory
+        return int(before[0])
 
-    def _tell(self, value: T) -> list[T]:
+    def close_counter(self) -> None:
+        """Collective. Give the counter back, if there is one."""
+        if self._counter is not None:
+            self.barrier()  # a patient wait: the next line is collective
+            self._counter.Unlock_all()
+            self._counter.Free()
+            self._counter = None
+
+    # Python objects, for the set-up.
+
+    def share(self, value: T) -> T:
+        """Collective. Return the server's value, on every rank."""
+        self.barrier()
+        shared: T = self._comm.bcast(value, SERVER_RANK)
+        return shared
+
+    def tell(self, value: T) -> list[T]:
+        """Collective. Return the ranks' values, by rank, on every rank."""
+        self.barrier()
         return self._comm.allgather(value)
 
-    def split(self, group: int) -> PackageProcessor:
-        """Collective. A communicator of its own for the ranks that pass the same `group`, in the order of this one."""
+    def gather_timeline(self) -> list[tuple[str, list[Span]]]:
+        """Collective. Return every rank's host and spans, on the server, after the last round; elsewhere nothing."""
+        self.barrier()
+        return self._comm.gather(self.timeline.end(), SERVER_RANK) or []
+
+    def split(self, group: int) -> Self:
+        """Collective. Return a communicator of the ranks that pass the same `group`, in the order of this one."""
         comm = self._comm.Split(group, self.rank)
         assert isinstance(comm, MPI.Intracomm)
-        return PackageProcessor(comm)
+        return type(self)(comm)
+
+    # The end.
 
     def leave(self, exit_code: int) -> int:
         """Collective. All ranks are about to end with `exit_code`, which is returned; no more calls follow."""
         self.over = True
-        self.close_line()
+        self.close_counter()
         if exit_code and self.size > 1:
             self.barrier()  # the message is out before a launcher sees the first exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends it at the first code, and would report 143
@@ -236,15 +243,13 @@ class PackageProcessor(Collection):
 
     def close(self) -> None:
         """Collective. Give back what this end holds; MPI goes on."""
-        if self._counter is not None:
-            self._counter.Unlock_all()
-            self._counter.Free()
+        self.close_counter()
         self._window.Free()
         self._comm.Free()
 
     def last_words(self, message: str) -> None:
         """Say why the job ends, unless another rank of this node does; returns once it is said. Sends nothing."""
-        speaker = self.board.speaker
+        speaker = self.status.speaker
         if speaker[0] == NOBODY:
             speaker[0] = self.rank
             time.sleep(0.01)  # two ranks may claim in the same instant: the later write wins, and both see who
@@ -267,23 +272,27 @@ class PackageProcessor(Collection):
         self._comm.Abort(exit_code)
         raise AssertionError("MPI_Abort returned")
 
-    def _shared_board(self, node: MPI.Intracomm) -> Board:
-        """Collective among the ranks of `node`."""
-        first = node.Get_rank() == 0
-        self._window = MPI.Win.Allocate_shared(board_bytes(len(self.node)) if first else 0, 8, comm=node)
-        memory, _ = self._window.Shared_query(0)
-        board = Board(np.asarray(memory).view(np.uint8), self.node, self.rank)
-        if first:
-            board.clear()
-        node.Barrier()
-        return board
 
-    def count_bytes(self, num_bytes: int) -> None:
-        if self.size > 1:
-            self.bytes_sent += num_bytes
+def start_mpi() -> None:
+    """Collective. Start MPI, unless that is done.
+
+    Raises:
+        LaunchError: this process was started by the launcher of another MPI library, or MPI has ended in it.
+    """
+    if MPI.Is_finalized():
+        raise LaunchError("MPI is finalized in this process and cannot start again: start another process")
+    library = MPI.Get_library_version()
+    if not MPI.Is_initialized():
+        check_launcher(library, None)
+        remove_leftovers()
+        avoid_single_copy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of mpi4py, on what is checked and refused below
+            MPI.Init_thread(MPI.THREAD_SERIALIZED)  # one thread talks to MPI, not always the main one
+    check_launcher(library, MPI.COMM_WORLD.Get_size())
 
 
 def library_version() -> str:
-    """The loaded MPI library in a few words, e.g. "MPICH 5.0.2" or "Open MPI 5.0.10"."""
+    """Return the loaded MPI library in a few words, e.g. "MPICH 5.0.2" or "Open MPI 5.0.10"."""
     name, numbers = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, numbers))}"

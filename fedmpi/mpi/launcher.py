@@ -7,7 +7,6 @@ shows it. Only what is alive counts: variables stay behind in shells and travel 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from fedmpi.errors import LaunchError
 from fedmpi.mpi.processes import PROC
+from fedmpi.mpi.slurm import in_slurm_step
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Announcement:
 
 def announced(environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> list[Announcement]:
     """What each launcher that is alive around this process says; empty for a process started by hand."""
-    slurm = _announcement("Slurm", environ, "SLURM_STEP_NUM_TASKS", "SLURM_PROCID") if _in_step(environ, proc) else None
+    slurm = (
+        _announcement("Slurm", environ, "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+        if in_slurm_step(environ, proc)
+        else None
+    )
     hydra = _announcement("Hydra", environ, "PMI_SIZE", "PMI_RANK") if _pmi_is_alive(environ) else None
     if hydra and slurm and (hydra.size, hydra.rank) == (slurm.size, slurm.rank) and "MPI_LOCALNRANKS" not in environ:
         hydra = None  # srun --mpi=pmi2 speaks through the same variables; Hydra adds some of its own
@@ -114,43 +118,6 @@ def missing_mpi_advice() -> str:
     return 'no MPI library found: pip install "fedmpi[mpich]", or load the MPI module of this cluster'
 
 
-def in_slurm_task(environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> bool:
-    """Whether this process belongs to the Slurm task (batch script or step) that `SLURM_TASK_PID` names.
-
-    The task must be this process or an ancestor, and must have been started with this very variable; so variables left
-    over in a shell, by `salloc` or from another node, and a process number used again, change nothing.
-    """
-    task = environ.get("SLURM_TASK_PID", "")
-    if not task.isdigit() or int(task) not in _lineage(proc):
-        return False
-    try:
-        return f"SLURM_TASK_PID={task}".encode() in (proc / task / "environ").read_bytes().split(b"\0")
-    except OSError:  # not ours to read: the line of parents has to do
-        return True
-
-
-def in_slurm_job(job: str, environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> bool:
-    """Return True if this process runs in Slurm job `job`, whatever variables another job left in the environment.
-
-    It runs there below a task of that job, below one of Slurm's step daemons for it (ranks of mpirun on other nodes
-    carry the variables of the batch script), or in a control group of it.
-    """
-    if in_slurm_task(environ, proc):
-        with contextlib.suppress(OSError):
-            task = (proc / environ["SLURM_TASK_PID"] / "environ").read_bytes().split(b"\0")
-            return f"SLURM_JOB_ID={job}".encode() in task
-        return True
-    title = f"slurmstepd: [{job}.".encode()
-    for pid in _lineage(proc):
-        with contextlib.suppress(OSError):
-            if (proc / str(pid) / "cmdline").read_bytes().startswith(title):
-                return True
-    try:
-        return f"/job_{job}/" in (proc / "self" / "cgroup").read_text(errors="replace")
-    except OSError:
-        return False
-
-
 def _refusal(other: Announcement, family: str, environ: Mapping[str, str]) -> str:
     if other.launcher == "Slurm":
         plugins = ["pmix", "pmi2"] if family == "Open MPI" else ["pmi2", "pmix"]
@@ -201,37 +168,3 @@ def _pmi_is_alive(environ: Mapping[str, str]) -> bool:
         return stat.S_ISSOCK(os.fstat(int(number)).st_mode)
     except (ValueError, OSError):
         return False
-
-
-def _in_step(environ: Mapping[str, str], proc: Path) -> bool:
-    """Whether this process belongs to an `srun` step.
-
-    A batch script is a Slurm task too; submitted from inside a step it inherits that step's variables, so what
-    started the task is asked: `slurmstepd: [17.0]` for a step, `slurmstepd: [17.batch]` for a script.
-    """
-    if not in_slurm_task(environ, proc):
-        return False
-    try:
-        title = (proc / str(_parent(int(environ["SLURM_TASK_PID"]), proc)) / "cmdline").read_bytes()
-    except OSError:
-        return True
-    return b".batch]" not in title
-
-
-def _lineage(proc: Path) -> list[int]:
-    """This process, its parent, and so on; empty where there is no process table."""
-    line = [os.getpid()] if (proc / str(os.getpid())).exists() else []
-    while line and len(line) < 1000:  # a bound in case the table changes under us
-        parent = _parent(line[-1], proc)
-        if parent <= 1:
-            break
-        line.append(parent)
-    return line
-
-
-def _parent(pid: int, proc: Path) -> int:
-    try:
-        after_name = (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2]
-        return int(after_name.split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0

@@ -1,4 +1,7 @@
-"""This process among others: its age, and the ranks that share its node."""
+"""Processes of this machine, as Linux's process table shows them, and this process's rank among those of its node.
+
+Where there is no table, or an entry may not be read, every reader here returns something empty.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+SERVER_RANK = 0
 PROC = Path("/proc")
 
 
@@ -33,10 +37,50 @@ def own_node_rank() -> NodeRank:
     return _own
 
 
+class Stat(NamedTuple):
+    """A process: one letter for its state, its parent's id, and its start in clock ticks since boot; 0: unknown."""
+
+    state: str = ""
+    parent: int = 0
+    started: int = 0
+
+
+def process_stat(pid: int | str, proc: Path = PROC) -> Stat:
+    """Return the state of a process; `pid` may be "self"."""
+    fields = (read_entry(pid, "stat", proc) or b"").rpartition(b")")[2].split()  # a name may hold spaces and brackets
+    with contextlib.suppress(IndexError, ValueError):
+        return Stat(fields[0].decode(), int(fields[1]), int(fields[19]) if len(fields) > 19 else 0)
+    return Stat()
+
+
+def lineage(proc: Path = PROC) -> list[int]:
+    """Return this process, its parent, and so on."""
+    line = [os.getpid()] if (proc / str(os.getpid())).exists() else []
+    while line and len(line) < 1000:  # a bound in case the table changes under us
+        parent = process_stat(line[-1], proc).parent
+        if parent <= 1:
+            break
+        line.append(parent)
+    return line
+
+
+def read_entry(pid: int | str, name: str, proc: Path = PROC) -> bytes | None:
+    """Return a file of the table; None if it cannot be read. "cmdline" and "environ" are strings that end with 0."""
+    try:
+        return (proc / str(pid) / name).read_bytes()
+    except OSError:
+        return None
+
+
+def namespace(kind: str, proc: Path = PROC) -> str:
+    """Return the namespace of this process, such as "pid:[4026531836]"."""
+    try:
+        return os.readlink(proc / "self" / "ns" / kind)  # noqa: PTH115  # no path
+    except OSError:
+        return ""
+
+
 def process_age_s() -> float:
-    """Return the seconds since this process was started, as Linux tells them; 0 where it does not."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        with open("/proc/self/stat", encoding="utf-8") as file:  # noqa: PTH123  # no pathlib before it is needed
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    return 0.0
+    """Return the seconds since this process was started; 0 where that is unknown."""
+    ticks = process_stat("self").started
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")) if ticks else 0.0

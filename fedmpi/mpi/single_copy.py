@@ -13,6 +13,8 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from fedmpi.mpi.processes import PROC, namespace
+
 SWITCHES = {
     "MPIR_CVAR_CH4_CMA_ENABLE": "0",  # MPICH
     "OMPI_MCA_smsc": "^cma",  # Open MPI
@@ -28,13 +30,13 @@ class _Part(ctypes.Structure):
     _fields_ = [("start", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-def avoid_single_copy(environ: MutableMapping[str, str] = os.environ, proc: Path = Path("/proc")) -> bool:
+def avoid_single_copy(environ: MutableMapping[str, str] = os.environ, proc: Path = PROC) -> bool:
     """Switch off reading other ranks' memory, unless it works here; what the user has set stays.
 
     Returns:
         True if it is off.
     """
-    if reads_memory() and _shares_users(proc):
+    if reads_memory() and namespace("user", proc) == _HOST:  # the others are in the host's, too
         return False
     for name, value in SWITCHES.items():
         environ.setdefault(name, value)
@@ -52,11 +54,3 @@ def reads_memory() -> bool:
     call.restype = ctypes.c_ssize_t
     local, remote = (ctypes.byref(part) for part in parts)
     return bool(call(os.getpid(), local, 1, remote, 1, 0) == 1) and target.raw == source.raw
-
-
-def _shares_users(proc: Path) -> bool:
-    """Return True if this rank is in the host's user namespace, and so are the others then."""
-    try:
-        return str((proc / "self" / "ns" / "user").readlink()) == _HOST
-    except OSError:
-        return False

@@ -26,14 +26,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.mpi.processes import PROC, process_age_s
+from fedmpi.mpi.processes import PROC, namespace, process_age_s
 
 SHM = Path("/dev/shm")
 
 _SEGMENT = re.compile(r"(mpich_shm_|mpich_shar_tmp|ucx_shm_posix_|sm_segment\.|osc_sm\.|vader_segment\.)[^/]+")
 _SESSION = re.compile(r"(?:ompi|prte|dvm|pid)\.(\d+)")  # of the process that made it
 _LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-_HOST_NAMESPACES = {"pid": "pid:[4026531836]", "ipc": "ipc:[4026531839]"}  # fixed numbers of Linux
+_HOST_PID, _HOST_IPC = "pid:[4026531836]", "ipc:[4026531839]"  # fixed numbers of Linux
 _LOCK_S = 1.0
 
 
@@ -86,11 +86,8 @@ def remove_leftovers(
 
 def _processes_are_hidden(proc: Path) -> bool:
     """Return True if others may use this /dev/shm whom the process table does not show."""
-    try:
-        own = {kind: os.readlink(proc / "self" / "ns" / kind) for kind in _HOST_NAMESPACES}  # noqa: PTH115  # no path
-    except OSError:
-        return True
-    return own["pid"] != _HOST_NAMESPACES["pid"] and own["ipc"] == _HOST_NAMESPACES["ipc"]
+    pid, ipc = namespace("pid", proc), namespace("ipc", proc)
+    return not pid or not ipc or (pid != _HOST_PID and ipc == _HOST_IPC)
 
 
 def _own(folder: Path, before_ns: int, folders: bool = False) -> Iterator[_Found]:

@@ -1,4 +1,4 @@
-"""Buffers go from the server to all ranks and from all ranks to the server.
+"""Collectives of buffers: from the server to all ranks, and from all ranks to the server.
 
 Both ways go along a binomial tree made by hand of sends and receives, in which a rank waits for its relatives only:
 MPICH's `Ibcast` takes up to eight times, its `Ireduce` two to four times as long between ranks that sleep.
@@ -7,162 +7,200 @@ MPICH's `Ibcast` takes up to eight times, its `Ireduce` two to four times as lon
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.mpi.buffers import Form
-from fedmpi.mpi.messages import SERVER_RANK
-from fedmpi.mpi.setup import Agreement
-from fedmpi.mpi.timeline import Timeline
-
-MAX_MESSAGE_BYTES = 2**30
-"""Longer buffers travel in pieces: MPI's classic calls count in a C int."""
+from fedmpi.mpi.buffers import MAX_MESSAGE_BYTES, Form, as_bytes, pieces_of
+from fedmpi.mpi.comm import SUMMED, Comm
+from fedmpi.mpi.processes import SERVER_RANK
+from fedmpi.mpi.setup import agree_on_buffer
 
 SUM_BYTES = 2**23
 """What a rank receives of another's sums at a time, to add it to its own."""
 
+Buffer = TypeVar("Buffer")
 
-class Tree(Agreement):
-    """Collectives of buffers that begin or end at the server.
 
-    Attributes:
-        timeline: notes what this rank spends its time on.
-    """
-
-    timeline: Timeline
-
-    @abstractmethod
-    def send(self, array: NDArray[Any], *ranks: int) -> None:
-        """Send a contiguous buffer of at most `MAX_MESSAGE_BYTES` to each of `ranks`, at the same time."""
-
-    @abstractmethod
-    def receive(self, array: NDArray[Any], rank: int) -> None:
-        """Receive what `rank` sends into a buffer of that size."""
-
-    @abstractmethod
-    def max_of(self, value: int) -> int:
-        """Collective. The largest of the ranks' values, on every rank."""
-
-    @abstractmethod
-    def count_bytes(self, num_bytes: int) -> None:
-        """Note what went through a call of this rank's."""
-
-    def reduce_sum(self, sums: NDArray[np.int64], agreed: Form | None = None) -> None:
-        """Collective. The server's int64 buffer becomes the sum over all ranks' buffers; the others' are used up.
-
-        Args:
-            sums: int64, of the same shape on all ranks.
-            agreed: what `agree_on_buffer` returned; None: compare the ranks' buffers now.
-
-        Raises:
-            TransferError: on every rank, if any rank's buffer is another.
-        """
-        if agreed is None:
-            self.agree_on_buffer("reduce_sum", sums, "int64", written=True)
-        else:
-            agreed.check(sums, written=True)
-        self._sum_up([sums], lambda _: [sums])
-
-    def _sum_up(self, sums: list[NDArray[np.int64]], grow: Callable[[int], list[NDArray[np.int64]]]) -> None:
-        """Collective. `reduce_sum` of as many buffers as the rank with the most of them has.
-
-        Args:
-            sums: this rank's buffers; more come at the end.
-            grow: that many buffers, the first of which are `sums`.
-        """
-        parent, children = relatives(self.rank, self.size)
-        count = np.empty(1, np.int64)
-        for child in children:
-            with self.timeline.span("idle"):
-                self.receive(count, child)
-            with self.timeline.span("collect"):
-                sums += grow(int(count[0]))[len(sums) :]
-                for buffer in sums[: int(count[0])]:
-                    self._receive_and_add(buffer, child)
+def bcast(comm: Comm, array: Any, piece_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    """Collective. Overwrite the others' buffers with the server's, unchecked; one may lie on a device, as bytes."""
+    parent, children = relatives(comm.rank, comm.size)
+    for piece in pieces_of(array, piece_bytes):
         if parent is not None:
-            with self.timeline.span("collect"):
-                self.send(np.array([len(sums)], np.int64), parent)
-                for buffer in sums:
-                    for piece in pieces_of(buffer, SUM_BYTES):
-                        self.send(piece, parent)
-        for buffer in sums:
-            self.count_bytes(buffer.nbytes)
+            comm.receive(piece, parent)
+        comm.send(piece, *reversed(children))  # the one with the most below it first
+    _count_bytes(comm, array.nbytes)
 
-    def _spread(self, vector: Any) -> None:
-        """Collective. The server's contiguous buffer overwrites the others'; one may lie on a device, as bytes."""
-        parent, children = relatives(self.rank, self.size)
-        for piece in pieces_of(vector):
-            if parent is not None:
-                self.receive(piece, parent)
-            self.send(piece, *reversed(children))  # the one with the most below it first
-        self.count_bytes(vector.nbytes)
 
-    def _receive_and_add(self, buffer: NDArray[np.int64], source: int) -> None:
-        arrived = np.empty(min(buffer.size, max(1, SUM_BYTES // 8)), np.int64)
-        for piece in pieces_of(buffer, SUM_BYTES):
-            self.receive(arrived[: piece.size], source)
-            piece += arrived[: piece.size]
+def bcast_vector(
+    comm: Comm, vector: Buffer, agreed: Form | None = None, piece_bytes: int = MAX_MESSAGE_BYTES
+) -> Buffer:
+    """Collective. Overwrite the others' buffers with the server's, which has their shape and dtype.
 
-    def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Collective. Each rank passes (k, B) float32 rows, k >= 0; the server gets them all, the others (0, B).
+    Args:
+        comm: the communicator.
+        vector: contiguous, of any number type; on a rank whose MPI library can write to its device it may be a tensor
+            there, as bytes.
+        agreed: what `agree_on_buffer` returned for buffers like these, all ranks'; None: compare them now.
+        piece_bytes: the longest message.
 
-        Raises:
-            TransferError: on every rank, if any rank's rows have another width or type.
-        """
-        self.agree_on_buffer("gather_rows", rows, "float32", rows=True)
-        return self._gather_rows(rows)
+    Returns:
+        This rank's buffer.
 
-    def _gather_rows(self, rows: NDArray[np.float32], room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Collective. `gather_rows` of rows whose width the ranks know; `room`: the server's flat buffer for them."""
-        arrived, _, _ = self._gather(rows, room)
-        self.count_bytes(rows.nbytes + arrived.nbytes)
-        return arrived
+    Raises:
+        TransferError: on every rank, if any rank's buffer is unfit or another; with `agreed`, on the ranks whose
+            buffer has changed since.
+    """
+    _check(comm, "bcast_vector", vector, agreed, written=not comm.is_server)
+    with comm.timeline.span("broadcast"):
+        bcast(comm, vector, piece_bytes)
+    return vector
 
-    def gather_counts(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Collective. Each rank passes (k,) int64; the server gets them all, rank after rank, the others none.
 
-        Raises:
-            TransferError: on every rank, if any rank's values are of another type.
-        """
-        self.agree_on_buffer("gather_counts", values, "int64", rows=True)
-        return self._gather(values)[0]
+def sum_all(comm: Comm, values: NDArray[Any], agreed: Form | None = None) -> None:
+    """Collective. Make every rank's buffer the sum over all of them; float sums depend on the ranks.
 
-    def _gather(
-        self, mine: NDArray[Any], room: NDArray[Any] | None = None, note: int = 0
-    ) -> tuple[NDArray[Any], list[int], list[int]]:
-        """Collective. On the server all ranks' items, rank after rank, how many each had, and the ranks' notes.
+    Args:
+        comm: the communicator.
+        values: float32, float64, int32 or int64, of the same dtype and shape on all ranks.
+        agreed: as for `bcast_vector`.
 
-        Nothing elsewhere.
-        """
-        first = np.array([len(mine), note], np.int64)
-        if self.rank != SERVER_RANK:
-            self.send(first, SERVER_RANK)
-            for piece in pieces_of(as_bytes(mine)):
-                self.send(piece, SERVER_RANK)
-            return mine[:0], [], []
-        counts, notes = [len(mine)], [note]
-        for rank in range(1, self.size):
-            with self.timeline.span("idle"):
-                self.receive(first, rank)
-            counts.append(int(first[0]))
-            notes.append(int(first[1]))
-        shape = (sum(counts), *mine.shape[1:])
-        fits = room is not None and room.size >= math.prod(shape)
-        arrived = room[: math.prod(shape)].reshape(shape) if room is not None and fits else np.empty(shape, mine.dtype)
-        arrived[: len(mine)] = mine
-        with self.timeline.span("collect"):
-            for rank, stop in list(enumerate(np.cumsum(counts)))[1:]:
-                for piece in pieces_of(as_bytes(arrived[stop - counts[rank] : stop])):
-                    self.receive(piece, rank)
-        return arrived, counts, notes
+    Raises:
+        TransferError: on every rank, if any rank's buffer is unfit or another.
+    """
+    _check(comm, "sum_all", values, agreed, SUMMED, written=True)
+    Comm.sum_all(comm, values)  # not a subclass's, which may end here
+
+
+def reduce_sum(comm: Comm, sums: NDArray[np.int64], agreed: Form | None = None, piece_bytes: int = SUM_BYTES) -> None:
+    """Collective. Make the server's int64 buffer the sum over all ranks' buffers; the others' are used up.
+
+    Args:
+        comm: the communicator.
+        sums: int64, of the same shape on all ranks.
+        agreed: as for `bcast_vector`.
+        piece_bytes: what is received, and added, at a time.
+
+    Raises:
+        TransferError: on every rank, if any rank's buffer is another.
+    """
+    _check(comm, "reduce_sum", sums, agreed, "int64", written=True)
+    sum_bins(comm, [sums], lambda _: [sums], piece_bytes)
+
+
+def sum_bins(
+    comm: Comm,
+    sums: list[NDArray[np.int64]],
+    grow: Callable[[int], list[NDArray[np.int64]]],
+    piece_bytes: int = SUM_BYTES,
+) -> None:
+    """Collective. Sum, as `reduce_sum` does, as many buffers as the rank with the most of them has.
+
+    Args:
+        comm: the communicator.
+        sums: this rank's buffers; more come at the end.
+        grow: number of buffers -> that many, the first of which are `sums`.
+        piece_bytes: what is received, and added, at a time.
+    """
+    parent, children = relatives(comm.rank, comm.size)
+    count = np.empty(1, np.int64)
+    for child in children:
+        with comm.timeline.span("idle"):
+            comm.receive(count, child)
+        with comm.timeline.span("collect"):
+            sums += grow(int(count[0]))[len(sums) :]
+            for buffer in sums[: int(count[0])]:
+                arrived = np.empty(min(buffer.size, max(1, piece_bytes // 8)), np.int64)
+                for piece in pieces_of(buffer, piece_bytes):
+                    comm.receive(arrived[: piece.size], child)
+                    piece += arrived[: piece.size]
+    if parent is not None:
+        with comm.timeline.span("collect"):
+            comm.send(np.array([len(sums)], np.int64), parent)
+            for buffer in sums:
+                for piece in pieces_of(buffer, piece_bytes):
+                    comm.send(piece, parent)
+    _count_bytes(comm, sum(buffer.nbytes for buffer in sums))
+
+
+def gather_rows(
+    comm: Comm,
+    rows: NDArray[np.float32],
+    agreed: Form | None = None,
+    room: NDArray[np.float32] | None = None,
+    piece_bytes: int = MAX_MESSAGE_BYTES,
+) -> NDArray[np.float32]:
+    """Collective. Bring the ranks' (k, B) float32 rows, k >= 0, to the server.
+
+    Args:
+        comm: the communicator.
+        rows: this rank's.
+        agreed: what `agree_on_buffer` returned for rows of this width; None: compare the ranks' now.
+        room: on the server, a flat buffer to receive into; None, or too small: a new one.
+        piece_bytes: the longest message.
+
+    Returns:
+        All rows, rank after rank, on the server; (0, B) elsewhere.
+
+    Raises:
+        TransferError: on every rank, if any rank's rows have another width or type.
+    """
+    if agreed is None:
+        agree_on_buffer(comm, "gather_rows", rows, "float32", rows=True)
+    arrived, _, _ = gather_records(comm, rows, room=room, piece_bytes=piece_bytes)
+    _count_bytes(comm, rows.nbytes + arrived.nbytes)
+    return arrived
+
+
+def gather_counts(comm: Comm, values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Collective. Bring the ranks' (k,) int64 values to the server, rank after rank; the others get none.
+
+    Raises:
+        TransferError: on every rank, if any rank's values are of another type.
+    """
+    agree_on_buffer(comm, "gather_counts", values, "int64", rows=True)
+    return gather_records(comm, values)[0]
+
+
+def gather_records(
+    comm: Comm,
+    items: NDArray[Any],
+    note: int = 0,
+    room: NDArray[Any] | None = None,
+    piece_bytes: int = MAX_MESSAGE_BYTES,
+) -> tuple[NDArray[Any], list[int], list[int]]:
+    """Collective. Bring the ranks' items, of one dtype and width, and a note of each rank to the server, unchecked.
+
+    Returns:
+        On the server all items, rank after rank, the ranks' numbers of them, and their notes; nothing elsewhere.
+    """
+    head = np.array([len(items), note], np.int64)
+    if not comm.is_server:
+        comm.send(head, SERVER_RANK)
+        for piece in pieces_of(as_bytes(items), piece_bytes):
+            comm.send(piece, SERVER_RANK)
+        return items[:0], [], []
+    counts, notes = [len(items)], [note]
+    for rank in range(1, comm.size):
+        with comm.timeline.span("idle"):
+            comm.receive(head, rank)
+        counts.append(int(head[0]))
+        notes.append(int(head[1]))
+    shape = (sum(counts), *items.shape[1:])
+    size = math.prod(shape)
+    arrived = np.empty(shape, items.dtype) if room is None or room.size < size else room[:size].reshape(shape)
+    arrived[: len(items)] = items
+    with comm.timeline.span("collect"):
+        for rank, stop in list(enumerate(np.cumsum(counts)))[1:]:
+            for piece in pieces_of(as_bytes(arrived[stop - counts[rank] : stop]), piece_bytes):
+                comm.receive(piece, rank)
+    return arrived, counts, notes
 
 
 def relatives(rank: int, size: int) -> tuple[int | None, list[int]]:
-    """A rank's parent and children in the binomial tree over `size` ranks; the last child has the most below it."""
+    """Return a rank's parent and children in the binomial tree; the last child has the most ranks below it."""
     children: list[int] = []
     distance = 1
     while distance < size:
@@ -174,13 +212,14 @@ def relatives(rank: int, size: int) -> tuple[int | None, list[int]]:
     return None, children
 
 
-def as_bytes(array: Any) -> Any:
-    """The same memory as bytes, which MPI counts alike on every library; what is no NumPy array is bytes already."""
-    return array.reshape(-1).view(np.uint8) if isinstance(array, np.ndarray) else array
+def _check(comm: Comm, call: str, array: Any, agreed: Form | None, dtype: str | None = None, *, written: bool) -> None:
+    """Collective without `agreed`."""
+    if agreed is None:
+        agree_on_buffer(comm, call, array, dtype, written=written)
+    else:
+        agreed.check(array, written=written)
 
 
-def pieces_of(array: Any, num_bytes: int | None = None) -> Iterator[Any]:
-    """Contiguous parts of at most `num_bytes` (default: `MAX_MESSAGE_BYTES`), whole items each."""
-    flat = array.reshape(-1)
-    step = max(1, (num_bytes or MAX_MESSAGE_BYTES) // array.itemsize)
-    return (flat[start : start + step] for start in range(0, len(flat), step))
+def _count_bytes(comm: Comm, num_bytes: int) -> None:
+    if comm.size > 1:
+        comm.bytes_sent += num_bytes

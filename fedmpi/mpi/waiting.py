@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fedmpi.errors import PeerLostError
 
@@ -21,11 +21,21 @@ _LONGEST_OF_ALL_S = 1e-3
 _PEER_CHECK_S = 1.0
 
 
+class Pending(NamedTuple):
+    """The order that the ranks are working on: the most clients of a rank, and the longest that one may take.
+
+    0 s: unknown.
+    """
+
+    clients_per_rank: int
+    longest_client_s: float
+
+
 class Request(Protocol):
     """An MPI operation that is under way."""
 
     def Test(self) -> bool:  # noqa: N802  # mpi4py's name
-        """Whether it is done; makes progress."""
+        """Return True once it is done; makes progress."""
 
 
 class Arrival:
@@ -45,7 +55,7 @@ class Waiting:
 
     Attributes:
         ranks_per_core: of this node.
-        now: whether this rank is waiting, for the eyes of other threads.
+        now: True while this rank is waiting, for the eyes of other threads.
     """
 
     def __init__(self, peers: Mapping[int, int]) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.mpi.messages import RoundRecord
+from fedmpi.core.messages import RoundRecord
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ import torch
 
 from fedmpi.config import SPLIT_OPTIONS, RunConfig
 from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import RoundRecord
 from fedmpi.core.vector import model_state
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError, shown
 from fedmpi.lifecycle.checkpoint import Checkpoints
 from fedmpi.lifecycle.files import atomic_write, free_path, refuse_odd, remove_temps
 from fedmpi.lifecycle.lock import FileLock
-from fedmpi.mpi.messages import RoundRecord
 from fedmpi.options import to_yaml
 from fedmpi.report.history import History, check_history
 from fedmpi.report.same_run import changed_sources, changes, check_numbers, description, refuse_other_run

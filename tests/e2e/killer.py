@@ -56,6 +56,9 @@ def plant(point: str, nth: int) -> None:
         return Half(result) if passages == nth and where == "/" and hasattr(result, "write") else result
 
     setattr(home, attribute, mined)
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("fedmpi.") and getattr(loaded, attribute, None) is real:  # imported by its name
+            setattr(loaded, attribute, mined)
 
 
 def main() -> int:

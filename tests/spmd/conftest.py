@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.mpi.comm import PackageProcessor
+from fedmpi.mpi.comm import Comm
+from fedmpi.mpi.setup import on_root
 
 
 @pytest.fixture
-def tmp_path(net: PackageProcessor, tmp_path: Path) -> Path:
+def tmp_path(net: Comm, tmp_path: Path) -> Path:
     """Collective. One temporary folder for all ranks: rank 0's."""
-    return net.on_root(lambda: tmp_path)
+    return on_root(net, lambda: tmp_path)

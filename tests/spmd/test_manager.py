@@ -14,6 +14,7 @@ from fedmpi import Aggregators, ClientPassiveManager, ClientSGDTrainer, ServerMa
 from fedmpi.core import visits
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.errors import ConfigError, DisagreementError
+from fedmpi.mpi.setup import on_root
 
 NUM_CLIENTS = 7
 
@@ -84,7 +85,7 @@ def train(
         result = handler.model_parameters.numpy().tobytes(), recorder.records, recorder.ended, handler.integer_state()
     else:
         code, result = local.run(), None
-    return code, *net.on_root(lambda: result)
+    return code, *on_root(net, lambda: result)
 
 
 def without_timings(records):
@@ -94,9 +95,9 @@ def without_timings(records):
 @pytest.fixture
 def alone():
     """The same job on this rank alone, as the reference."""
-    from fedmpi.mpi.comm import PackageProcessor
+    from fedmpi.mpi.comm import Comm
 
-    return PackageProcessor(mpi4py.MPI.COMM_SELF)
+    return Comm(mpi4py.MPI.COMM_SELF)
 
 
 def test_the_result_is_that_of_one_rank_alone(net, alone, agree):
@@ -110,7 +111,7 @@ def test_the_result_is_that_of_one_rank_alone(net, alone, agree):
 
 
 def test_gather_gives_the_bits_of_reduce(net, agree, monkeypatch):
-    from fedmpi.mpi import collection
+    from fedmpi.core import collection
 
     _, summed, *_ = train(net, collect="reduce")
     monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
@@ -138,7 +139,7 @@ class BlockMedian(SyncParameterServerHandler):
 
 
 def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agree, monkeypatch):
-    from fedmpi.mpi import collection
+    from fedmpi.core import collection
 
     monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
     _, by_hand, *_ = train(net, WholeMean)
@@ -147,7 +148,7 @@ def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agre
 
 
 def test_a_median_over_vectors_and_over_blocks_is_the_same_on_any_ranks(net, alone, agree, monkeypatch):
-    from fedmpi.mpi import collection
+    from fedmpi.core import collection
 
     _, whole, *_ = train(net, Median)
     monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
@@ -288,7 +289,7 @@ def masked_trainer():
 
 def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree, monkeypatch):
     """One round: every server's running statistics are those of FedAvg, and the mask is what it was."""
-    from fedmpi.mpi import collection
+    from fedmpi.core import collection
 
     monkeypatch.setattr(collection, "BLOCK_BYTES", 100)
     options = {"make_model": Masked, "make_trainer": masked_trainer, "rounds": 1, "eval_every": 1}
@@ -442,5 +443,5 @@ def test_no_client_starts_from_the_client_before(net, agree):
         ServerManager(net, handler, local).run()
     else:
         local.run()
-    w = net.on_root(lambda: float(handler.model_parameters))
+    w = on_root(net, lambda: float(handler.model_parameters))
     agree(w == pytest.approx(4 / 3, abs=1e-7), w)

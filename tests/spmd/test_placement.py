@@ -11,6 +11,7 @@ from torch import nn
 
 from fedmpi import ClientPassiveManager, ClientSGDTrainer, ServerManager, SyncParameterServerHandler
 from fedmpi.core.schedule import CostModel, place
+from fedmpi.mpi.setup import on_root
 
 SIZES = np.array([3, 40, 8, 21, 5, 13, 2, 30, 9])
 
@@ -45,7 +46,7 @@ def one_round(net, **options):
         ServerManager(net, handler, local, **options).run()
     else:
         local.run()
-    return trainer.trained, net.on_root(lambda: handler.model_parameters.numpy().tobytes())
+    return trainer.trained, on_root(net, lambda: handler.model_parameters.numpy().tobytes())
 
 
 def test_between_nodes_clients_are_placed_by_their_expected_cost(net, agree, monkeypatch):

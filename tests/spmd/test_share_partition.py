@@ -9,20 +9,21 @@ from fedmpi import job
 from fedmpi.config import RunConfig
 from fedmpi.data import partition_map
 from fedmpi.data.datasets import load_dataset
+from fedmpi.mpi.setup import on_every_rank, on_root
 
 
 @pytest.fixture
 def share(net, tmp_path_factory, monkeypatch):
     """Shares a split from a folder that all ranks see."""
     monkeypatch.setattr(partition_map, "LARGE_BYTES", 1)
-    root = net.on_root(lambda: str(tmp_path_factory.mktemp("data")))
+    root = on_root(net, lambda: str(tmp_path_factory.mktemp("data")))
     config = RunConfig(dataset="synthetic", num_clients=30, data_dir=root)
     dataset = load_dataset("synthetic", root)
     return lambda: job.share_partition(net, config, dataset)
 
 
 def alike(net, index):
-    held = net.on_every_rank((index.offsets.tolist(), index.indices.tolist()))
+    held = on_every_rank(net, (index.offsets.tolist(), index.indices.tolist()))
     return all(each == held[0] for each in held) and sorted(held[0][1]) == list(range(2000))
 
 

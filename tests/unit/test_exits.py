@@ -17,7 +17,7 @@ class Aborted(BaseException):
 
 
 class Net:
-    """As much of a `PackageProcessor` as an ending uses."""
+    """As much of a `Comm` as an ending uses."""
 
     def __init__(self, rank: int = 2, activity: str = "client 7, round 3", over: bool = False) -> None:
         self.rank, self.activity, self.over = rank, activity, over

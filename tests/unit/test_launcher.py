@@ -9,7 +9,8 @@ import pytest
 
 from fedmpi.errors import LaunchError
 from fedmpi.mpi import launcher
-from fedmpi.mpi.launcher import Announcement, announced, check_launcher, in_slurm_job, in_slurm_task, speaks
+from fedmpi.mpi.launcher import Announcement, announced, check_launcher, speaks
+from fedmpi.mpi.slurm import in_slurm_job, in_slurm_task
 
 MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\nintel cray"
 MPICH_PMIX = "MPICH Version:      4.2.0\nMPICH configure:    --with-pmix=/usr"

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedmpi.errors import LaunchError
-from fedmpi.mpi.messages import (
+from fedmpi.core.messages import (
     HEADER_SIZE,
     ClientUpdate,
     MessageCode,
@@ -20,6 +19,7 @@ from fedmpi.mpi.messages import (
     unpack_updates,
     update_dtype,
 )
+from fedmpi.errors import LaunchError
 
 int64 = st.integers(-(2**63), 2**63 - 1)
 counts = st.integers(0, 2**62)

@@ -21,11 +21,11 @@ from torch import nn
 
 from fedmpi.config import RunConfig
 from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError
 from fedmpi.lifecycle.checkpoint import snapshot, write_state
-from fedmpi.mpi.messages import RoundRecord
 from fedmpi.options import parse, result_hash
 from fedmpi.report import progress, run_folder
 from fedmpi.report.banner import banner

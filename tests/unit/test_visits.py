@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fedmpi import ClientSGDTrainer, ClientTrainer
 from fedmpi.core.evaluate import Evaluator
+from fedmpi.core.messages import MessageCode, Order
 from fedmpi.core.visits import LeakCheck, Visits
 from fedmpi.errors import ConfigError, ModelError
 from fedmpi.fedavg import FedAvgTrainer
-from fedmpi.mpi.messages import MessageCode, Order
 
 NO_STATE = np.empty(0, np.int64)
 

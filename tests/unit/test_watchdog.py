@@ -17,8 +17,8 @@ import torch
 from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
 from fedmpi.lifecycle import progress, watchdog
 from fedmpi.lifecycle.watchdog import Silence, Watchdog
-from fedmpi.mpi.messages import MessageCode, Order
-from fedmpi.mpi.node_status import NOBODY, Board, board_bytes
+from fedmpi.mpi.node_status import NOBODY, NodeStatus, status_bytes
+from fedmpi.mpi.waiting import Pending
 
 
 def test_silence_is_told_from_a_slow_rank_by_what_was_seen():
@@ -34,34 +34,34 @@ def test_silence_is_told_from_a_slow_rank_by_what_was_seen():
     assert silence.limit_s == 24
 
 
-def test_a_board_shows_each_rank_what_the_others_do():
-    memory = np.full(board_bytes(3), 7, np.uint8)
-    boards = [Board(memory, [2, 5, 6], rank) for rank in (2, 5, 6)]
-    boards[0].clear()
-    assert boards[2].speaker[0] == NOBODY
-    assert boards[1].read(6) == (0, "")
-    boards[2].show("client 7, round 3")
-    boards[2].show("client 8, round 3, " + "ä" * 500)
-    count, text = boards[0].read(6)
+def test_the_status_shows_each_rank_what_the_others_do():
+    memory = np.full(status_bytes(3), 7, np.uint8)
+    views = [NodeStatus(memory, [2, 5, 6], rank) for rank in (2, 5, 6)]
+    views[0].clear()
+    assert views[2].speaker[0] == NOBODY
+    assert views[1].read(6) == (0, "")
+    views[2].show("client 7, round 3")
+    views[2].show("client 8, round 3, " + "ä" * 500)
+    count, text = views[0].read(6)
     assert count == 2
     assert text.startswith("client 8, round 3, ää")
-    boards[2].show("idle")
-    assert boards[0].read(6) == (3, "idle")
-    assert boards[0].read(5) == (0, "")
-    boards[1].speaker[0] = 5
-    assert boards[2].speaker[0] == 5
+    views[2].show("idle")
+    assert views[0].read(6) == (3, "idle")
+    assert views[0].read(5) == (0, "")
+    views[1].speaker[0] = 5
+    assert views[2].speaker[0] == 5
 
 
 @pytest.fixture
 def net():
     """Rank 1 of three on this host; rank 9 is on another."""
-    memory = np.zeros(board_bytes(3), np.uint8)
-    board = Board(memory, [0, 1, 2], 1)
-    board.clear()
+    memory = np.zeros(status_bytes(3), np.uint8)
+    status = NodeStatus(memory, [0, 1, 2], 1)
+    status.clear()
     said = []
     return SimpleNamespace(
-        rank=1, node=[0, 1, 2], peers={}, board=board, activity="client 7, round 3", waits=False,
-        waits_for=(None, 0.0), order=None, said=said, others=[Board(memory, [0, 1, 2], rank) for rank in (0, 2)],
+        rank=1, node=[0, 1, 2], peers={}, status=status, activity="client 7, round 3", waits=False,
+        waits_for=(None, 0.0), pending=None, said=said, others=[NodeStatus(memory, [0, 1, 2], rank) for rank in (0, 2)],
     )  # fmt: skip
 
 
@@ -195,13 +195,13 @@ class Between:
         return self.writes
 
 
-ROUND = Order(MessageCode.PARAMETER_UPDATE, 4, np.arange(4), np.array([1, 1, 2, 1]), longest_client_ms=100)
+ROUND = Pending(3, 0.1)
 
 
 @pytest.mark.parametrize(("rank", "far", "limit_s"), [(0, 9, 4 * 0.4), (1, 0, 2 * 4 * 0.4)])
 def test_the_server_and_a_trainer_of_another_host_wait_for_an_answer(net, rank, far, limit_s):
     net.rank, net.node = rank, [rank]
-    net.waits, net.waits_for, net.order = True, (far, time.monotonic()), ROUND
+    net.waits, net.waits_for, net.pending = True, (far, time.monotonic()), ROUND
     assert watched(net, limit_s - 0.3) == [], "a limit for each of three clients, and one more"
     ((message, code),) = watched(net, 20)[:1]
     assert code == EXIT_CRASH
@@ -209,16 +209,16 @@ def test_the_server_and_a_trainer_of_another_host_wait_for_an_answer(net, rank, 
 
 
 @pytest.mark.parametrize(
-    ("rank", "far", "order"),
+    ("rank", "far", "pending"),
     [
-        (0, 2, ROUND),  # of this host: its own board tells
+        (0, 2, ROUND),  # of this host: its own status tells
         (1, 9, ROUND),  # no matter of a trainer's: it waits, as this one does, or the server sees to it
-        (0, 9, Order(MessageCode.PARAMETER_UPDATE, 4, np.arange(4), -1 - np.arange(4))),  # of a client nothing is known
+        (0, 9, Pending(4, 0.0)),  # of a client nothing is known
         (0, 9, None),  # before the first round
     ],
 )
-def test_who_is_not_waited_for_yet(net, rank, far, order):
-    net.rank, net.waits, net.waits_for, net.order = rank, True, (far, time.monotonic() - 9), order
+def test_who_is_not_waited_for_yet(net, rank, far, pending):
+    net.rank, net.waits, net.waits_for, net.pending = rank, True, (far, time.monotonic() - 9), pending
     assert watched(net, 1.0) == []
 
 

@@ -17,8 +17,6 @@ from fedmpi.errors import LaunchError
 if TYPE_CHECKING:
     import torch
 
-SERVER_RANK = 0
-
 HEADER_SIZE = 8
 """int64 words of an order's header: magic, code, K, B, and the other integers of an `Order`."""
 
