@@ -6,7 +6,7 @@ Most are the objects that fedmpi itself uses; where FedLab spells a name otherwi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,10 +87,6 @@ class PackageProcessor(Comm):
     def reduce_sum(self, sums: NDArray[np.int64], agreed: Form | None = None) -> None:
         """Collective. See `tree.reduce_sum`."""
         tree.reduce_sum(self, sums, agreed)
-
-    def sum_all(self, values: NDArray[Any], agreed: Form | None = None) -> None:
-        """Collective. See `tree.sum_all`."""
-        tree.sum_all(self, values, agreed)
 
     def gather_rows(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Collective. See `tree.gather_rows`."""

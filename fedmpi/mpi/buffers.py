@@ -74,7 +74,7 @@ def is_device_bytes(array: Any) -> bool:
 
 
 def described(array: Any) -> str:
-    """A buffer in a few words, e.g. "float32 of shape (3, 4), not contiguous, read-only"."""
+    """Return a buffer in a few words, e.g. "float32 of shape (3, 4), not contiguous, read-only"."""
     if isinstance(array, np.ndarray):
         names = [] if type(array) in (np.ndarray, np.memmap) else [f"a {type(array).__name__} of"]
         flags, dtype = array.flags, array.dtype
@@ -95,7 +95,7 @@ def described(array: Any) -> str:
 
 
 def wanted(dtype: str | None, written: bool, count: int | None = None) -> str:
-    """The buffer that `check_buffer` lets pass."""
+    """Describe the buffer that `check_buffer` lets pass."""
     items = "" if count is None else f"{count} "
     return (
         f"a contiguous{', writable' if written else ''} NumPy array of {items}{dtype or 'numbers'}"
@@ -104,7 +104,7 @@ def wanted(dtype: str | None, written: bool, count: int | None = None) -> str:
 
 
 def signature(call: str, array: Any, rows: bool) -> NDArray[np.int64]:
-    """What all ranks must pass alike, as integers: bytes, and a digest of call, dtype and shape.
+    """Return what all ranks must pass alike, as integers: bytes, and a digest of call, dtype and shape.
 
     Args:
         call: the transfer.

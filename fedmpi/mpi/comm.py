@@ -11,6 +11,8 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 import mpi4py
@@ -18,15 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.errors import LaunchError, TransferError
-from fedmpi.mpi.buffers import as_bytes, check_buffer, described, pieces_of
+from fedmpi.mpi.buffers import Form, as_bytes, check_buffer, described, pieces_of
 from fedmpi.mpi.launcher import abort_through_hydra, check_launcher
 from fedmpi.mpi.node_status import NOBODY, SAID, NodeStatus, status_bytes
 from fedmpi.mpi.processes import SERVER_RANK, namespace, note_node_rank
+from fedmpi.mpi.setup import require_form
 from fedmpi.mpi.single_copy import avoid_single_copy
 from fedmpi.mpi.stale_segments import remove_leftovers
 from fedmpi.mpi.streams import settle, tell
 from fedmpi.mpi.timeline import Span, Timeline
-from fedmpi.mpi.waiting import Arrival, Pending, Request, Waiting
+from fedmpi.mpi.waiting import Pending, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
 os.environ.setdefault("UCX_DEBUG_SIGNO", "0")  # else UCX takes SIGHUP for the wish to print megabytes of its own log
@@ -36,9 +39,7 @@ from mpi4py import MPI  # noqa: E402  # the settings above must come first
 
 T = TypeVar("T")
 
-SUMMED = "float32 or float64 or int32 or int64"
-"""What every MPI library adds up."""
-
+_SUMMED = "float32 or float64 or int32 or int64"  # what every MPI library adds up
 _ABORT_S = 3.0
 _FLUSH_S = 1.0  # for what was printed before
 _FORWARD_S = 0.25  # a launcher drops what a rank wrote if the abort reaches it before it has read the rank's pipe
@@ -123,7 +124,7 @@ class Comm:
         check_buffer(array)
         requests = [(rank, self._comm.Isend(as_bytes(array), rank)) for rank in ranks]
         for rank, request in requests:
-            self._wait_for(rank, request)
+            self._wait_for(rank, request.Test)
 
     def receive(self, array: NDArray[Any], rank: int) -> None:
         """Receive what `rank` sends into a buffer of that size.
@@ -135,7 +136,7 @@ class Comm:
         status = MPI.Status()
         came: int | str = "more"
         try:
-            self._wait_for(rank, Arrival(self._comm.Irecv(as_bytes(array), rank), status))
+            self._wait_for(rank, partial(self._comm.Irecv(as_bytes(array), rank).Test, status))
             came = status.Get_count(MPI.BYTE)
         except MPI.Exception as error:
             if error.Get_error_class() != MPI.ERR_TRUNCATE:
@@ -143,9 +144,9 @@ class Comm:
         if came != array.nbytes:
             raise TransferError(f"rank {rank} sent {came} bytes; wanted are {array.nbytes}: {described(array)}")
 
-    def _wait_for(self, rank: int, request: Request) -> None:
+    def _wait_for(self, rank: int, is_done: Callable[[], bool]) -> None:
         self.waits_for = rank, time.monotonic()
-        self.waiting.until(request)
+        self.waiting.until(is_done)
         self.waits_for = None, 0.0
 
     def max_of(self, value: int) -> int:
@@ -155,22 +156,26 @@ class Comm:
     def largest(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """Collective. Return the largest of the ranks' values, entry by entry, on every rank."""
         largest = np.empty_like(values)
-        self.waiting.until(self._comm.Iallreduce(values, largest, MPI.MAX))
+        self.waiting.until(self._comm.Iallreduce(values, largest, MPI.MAX).Test)
         return largest
 
-    def sum_all(self, values: NDArray[Any]) -> None:
-        """Collective. Make every rank's buffer the sum over all of them; it looks at this rank's only.
+    def sum_all(self, values: NDArray[Any], agreed: Form | None = None) -> None:
+        """Collective. Make every rank's buffer the sum over all of them; float sums depend on the ranks.
+
+        Args:
+            values: float32, float64, int32 or int64, of the same dtype and shape on all ranks.
+            agreed: as for `require_form`.
 
         Raises:
-            TransferError: on this rank, if the buffer is unfit.
+            TransferError: on every rank, if any rank's buffer is unfit or another.
         """
-        check_buffer(values, SUMMED, written=True)
+        require_form(self, agreed, "sum_all", values, _SUMMED, written=True)
         for piece in pieces_of(values):
-            self.waiting.until(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM))
+            self.waiting.until(self._comm.Iallreduce(MPI.IN_PLACE, piece, MPI.SUM).Test)
 
     def barrier(self) -> None:
         """Collective. Return when all ranks are here; a patient wait, before a call that would spin."""
-        self.waiting.until(self._comm.Ibarrier())
+        self.waiting.until(self._comm.Ibarrier().Test)
 
     def try_alike(self, value: int, patience_s: float | None) -> bool | None:
         """Collective. Return True if all ranks pass the same value, None if not all are here within `patience_s`.
@@ -178,7 +183,7 @@ class Comm:
         After None, abort.
         """
         both, largest = np.array([value, -value], np.int64), np.empty(2, np.int64)
-        if not self.waiting.until(self._comm.Iallreduce(both, largest, MPI.MAX), patience_s):
+        if not self.waiting.until(self._comm.Iallreduce(both, largest, MPI.MAX).Test, patience_s):
             return None
         return bool(largest[0] == -largest[1])
 

@@ -1,4 +1,4 @@
-"""What the launcher's environment announces, to refuse a launcher of another MPI. Rank and size come from MPI only.
+"""Refusal of a launcher that belongs to another MPI, by its environment. Rank and size come from MPI only.
 
 A launcher and an MPI library that do not know each other start N worlds of one rank, all doing the same job into the
 same folder, or N processes that die in `MPI_Init` with a page of text each. What the launcher left in the environment
@@ -30,11 +30,11 @@ class Announcement:
     size: int
     rank: int
     variable: str
-    """Where the size stands."""
+    """The one that tells the size."""
 
 
 def announced(environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> list[Announcement]:
-    """What each launcher that is alive around this process says; empty for a process started by hand."""
+    """Return the word of each launcher that is alive around this process; none for a process started by hand."""
     slurm = (
         _announcement("Slurm", environ, "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
         if in_slurm_step(environ, proc)
@@ -48,7 +48,7 @@ def announced(environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> lis
 
 
 def speaks(environ: Mapping[str, str] = os.environ, proc: Path = PROC) -> bool:
-    """Whether this process prints what must be said before MPI can tell the ranks apart.
+    """Return True if this process prints what must be said before MPI can tell the ranks apart.
 
     The others should leave quietly with 0: `mpirun` ends a job at the first other exit code, perhaps before the
     speaker has spoken, and all launchers report the speaker's code then.
@@ -73,25 +73,25 @@ def check_launcher(library: str, size: int | None, environ: Mapping[str, str] = 
     family = _family(library)
     own = "Open MPI" if family == "Open MPI" else "Hydra"
     voices = announced(environ, proc)
-    mine = [one for one in voices if one.launcher == own]
+    fitting = [one for one in voices if one.launcher == own]
     many = [one for one in voices if one.size > 1]
     pmix = environ.get("PMIX_NAMESPACE")
     if size is not None:
-        if many and not any(one.size == 1 for one in mine):  # `mpirun -n 1` inside another launcher asks for one
+        if many and not any(one.size == 1 for one in fitting):  # `mpirun -n 1` inside another launcher asks for one
             raise LaunchError(_refusal(many[0], family, environ))
     elif family == "Open MPI":
         if many and not pmix and _major(library) >= 5:  # since version 5 it speaks nothing but PMIx
             raise LaunchError(_refusal(many[0], family, environ))
     elif family == "MPICH" and pmix and "pmix" not in library.lower():  # its configure line tells if it speaks PMIx
         foreign = [one for one in many if one.launcher == "Open MPI"]
-        if mine and "MPIR_CVAR_PMI_VERSION" not in environ:
+        if fitting and "MPIR_CVAR_PMI_VERSION" not in environ:
             raise LaunchError(
-                f"MPICH's mpirun (PMI_SIZE={mine[0].size}) runs inside a PMIx launcher (PMIX_NAMESPACE={pmix}), and "
+                f"MPICH's mpirun (PMI_SIZE={fitting[0].size}) runs inside a PMIx launcher (PMIX_NAMESPACE={pmix}), and "
                 "MPICH refuses to choose: unset PMIX_NAMESPACE before mpirun; in a Slurm job export SLURM_MPI_TYPE=none"
             )
-        if not mine and foreign:
+        if not fitting and foreign:
             raise LaunchError(_refusal(foreign[0], family, environ))
-        if not mine:
+        if not fitting:
             raise LaunchError(
                 f"this MPICH does not speak PMIx, which started this process (PMIX_NAMESPACE={pmix}): "
                 "srun --mpi=pmi2, or for one process alone unset PMIX_NAMESPACE"
@@ -114,7 +114,7 @@ def abort_through_hydra(exit_code: int, environ: Mapping[str, str] = os.environ)
 
 
 def missing_mpi_advice() -> str:
-    """One line for a Python without an MPI library."""
+    """Return one line for a Python without an MPI library."""
     return 'no MPI library found: pip install "fedmpi[mpich]", or load the MPI module of this cluster'
 
 
@@ -143,7 +143,7 @@ def _own_launcher(family: str) -> str:
 
 
 def _family(library: str) -> str:
-    """The kind of MPI, named as people name it."""
+    """Return the kind of MPI, named as people name it."""
     names = {"open mpi": "Open MPI", "intel": "Intel MPI", "mvapich": "MVAPICH", "cray": "Cray MPICH", "mpich": "MPICH"}
     first = library.partition("\n")[0]  # below it MPICH names its compilers
     return next((name for sign, name in names.items() if sign in first.lower()), first[:40])
@@ -160,7 +160,7 @@ def _announcement(launcher: str, environ: Mapping[str, str], size: str, rank: st
 
 
 def _pmi_is_alive(environ: Mapping[str, str]) -> bool:
-    """Whether PMI_SIZE and PMI_RANK are this process's own: the socket they came with is open, where one is named."""
+    """Return True if PMI_SIZE and PMI_RANK are this process's own: their socket, where one is named, is open."""
     number = environ.get("PMI_FD")
     if number is None:
         return True  # over a port, or through a library

@@ -1,4 +1,4 @@
-"""What the ranks of one node show each other, in memory that they share: no call of MPI, so any thread may look.
+"""The status of a node's ranks, in memory that they share: no call of MPI, so any thread may look.
 
 The memory holds one integer, the rank that says why the job ends, and per rank a slot: a counter, and a line of text.
 """

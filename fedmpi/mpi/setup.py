@@ -135,6 +135,20 @@ def agree_on_buffer(
     )
 
 
+def require_form(
+    comm: Comm, agreed: Form | None, call: str, array: Any, dtype: str | None = None, *, written: bool
+) -> None:
+    """Compare this rank's buffer with `agreed`, which `agree_on_buffer` returned; None: all ranks' now, collective.
+
+    Raises:
+        TransferError: as for `agree_on_buffer`; with `agreed`, on this rank.
+    """
+    if agreed is None:
+        agree_on_buffer(comm, call, array, dtype, written=written)
+    else:
+        agreed.check(array, written=written)
+
+
 def describe(name: str, values: Mapping[Any, Sequence[int]]) -> str:
     """Return one fact that differs, e.g. "torch is 2.2 on ranks 0, 2 but 2.4 on rank 1"."""
     parts = [f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in values.items()]

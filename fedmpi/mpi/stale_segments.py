@@ -1,9 +1,8 @@
 """Removal of what this user's killed jobs left on this node, before MPI starts.
 
 A killed job leaves 1 to 5 MB in /dev/shm (MPICH) or a session folder and its segments (Open MPI). A container's 64 MB
-are full after some dozens of them, and then no job starts; and a name that comes again, as under a Slurm whose job
-numbers begin anew, makes `MPI_Init` of the new job find the old job's memory: "Out of memory", garbage in PMI, a UCX
-assertion.
+are full after some dozens of them, and then no job starts; and where a name comes again, `MPI_Init` of the new job
+finds the old job's memory.
 
 A file goes if it is this user's, older than this process, and no visible process maps it or holds it open. Processes
 of another PID namespace might, unseen: where /dev/shm is the host's and the processes are not, nothing is removed.
@@ -26,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.mpi.processes import PROC, namespace, process_age_s
+from fedmpi.mpi.processes import PROC, files_used_by, may_share_memory, namespace, process_age_s
 
 SHM = Path("/dev/shm")
 
@@ -91,7 +90,7 @@ def _processes_are_hidden(proc: Path) -> bool:
 
 
 def _own(folder: Path, before_ns: int, folders: bool = False) -> Iterator[_Found]:
-    """This user's files, or folders, that were last changed before a time; no link is followed."""
+    """Find this user's files, or folders, that were last changed before a time; no link is followed."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
@@ -136,34 +135,15 @@ def _unused(candidates: list[_Found], proc: Path) -> list[_Found]:
         if not process.name.isdigit():
             continue
         try:
-            used = _used_by(process)
+            used = files_used_by(process)
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
         except OSError:
-            if _may_use_memory_of(process, os.geteuid()):
+            if may_share_memory(process):
                 return []
             continue
         candidates = [found for found in candidates if not _is_used(found, used)]
     return candidates
-
-
-def _used_by(process: Path) -> set[str]:
-    """Paths, and "device inode", of what the process maps, holds open or stands in.
-
-    Raises:
-        OSError: the process has ended, is another user's, or may not be read.
-    """
-    if os.geteuid() != process.stat().st_uid:
-        raise PermissionError(process)
-    used = set()
-    for line in (process / "maps").read_bytes().splitlines():
-        if b"/" in line:
-            _, _, _, device, inode, path = line.split(None, 5)
-            used |= {f"{device.decode()} {inode.decode()}", os.fsdecode(path)}
-    for link in (*(process / "fd").iterdir(), process / "cwd"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            used.add(os.readlink(link))  # noqa: PTH115  # a Path per open file takes ten times as long
-    return used
 
 
 def _is_used(found: _Found, used: set[str]) -> bool:
@@ -171,20 +151,6 @@ def _is_used(found: _Found, used: set[str]) -> bool:
     if f"{os.major(found.device):02x}:{os.minor(found.device):02x} {found.inode}" in used or path in used:
         return True
     return any(other.startswith(f"{path}/") for other in used) if found.folder else False
-
-
-def _may_use_memory_of(process: Path, uid: int) -> bool:
-    """Return True unless a process that may not be read is another user's, has no shared memory, or is init."""
-    if process.name == "1":
-        return False
-    try:
-        lines = (process / "status").read_text(errors="replace").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    except OSError:
-        return process.stat().st_uid == uid
-    fields = {name: values.split() for name, _, values in (line.partition(":") for line in lines)}
-    return str(uid) in fields.get("Uid", []) and fields.get("RssShmem", ["0"])[0] != "0"
 
 
 def _unlink(segments: list[_Found], shm: Path) -> Iterator[Path]:

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmpi.mpi.buffers import MAX_MESSAGE_BYTES, Form, as_bytes, pieces_of
-from fedmpi.mpi.comm import SUMMED, Comm
+from fedmpi.mpi.comm import Comm
 from fedmpi.mpi.processes import SERVER_RANK
-from fedmpi.mpi.setup import agree_on_buffer
+from fedmpi.mpi.setup import agree_on_buffer, require_form
 
 SUM_BYTES = 2**23
-"""What a rank receives of another's sums at a time, to add it to its own."""
+"""A rank receives so much of another's sums at a time, to add it to its own."""
 
 Buffer = TypeVar("Buffer")
 
@@ -37,41 +37,23 @@ def bcast(comm: Comm, array: Any, piece_bytes: int = MAX_MESSAGE_BYTES) -> None:
 def bcast_vector(
     comm: Comm, vector: Buffer, agreed: Form | None = None, piece_bytes: int = MAX_MESSAGE_BYTES
 ) -> Buffer:
-    """Collective. Overwrite the others' buffers with the server's, which has their shape and dtype.
+    """Collective. Overwrite the others' buffers with the server's, of the same shape and dtype; return this rank's.
 
     Args:
         comm: the communicator.
         vector: contiguous, of any number type; on a rank whose MPI library can write to its device it may be a tensor
             there, as bytes.
-        agreed: what `agree_on_buffer` returned for buffers like these, all ranks'; None: compare them now.
+        agreed: as for `require_form`.
         piece_bytes: the longest message.
-
-    Returns:
-        This rank's buffer.
 
     Raises:
         TransferError: on every rank, if any rank's buffer is unfit or another; with `agreed`, on the ranks whose
             buffer has changed since.
     """
-    _check(comm, "bcast_vector", vector, agreed, written=not comm.is_server)
+    require_form(comm, agreed, "bcast_vector", vector, written=not comm.is_server)
     with comm.timeline.span("broadcast"):
         bcast(comm, vector, piece_bytes)
     return vector
-
-
-def sum_all(comm: Comm, values: NDArray[Any], agreed: Form | None = None) -> None:
-    """Collective. Make every rank's buffer the sum over all of them; float sums depend on the ranks.
-
-    Args:
-        comm: the communicator.
-        values: float32, float64, int32 or int64, of the same dtype and shape on all ranks.
-        agreed: as for `bcast_vector`.
-
-    Raises:
-        TransferError: on every rank, if any rank's buffer is unfit or another.
-    """
-    _check(comm, "sum_all", values, agreed, SUMMED, written=True)
-    Comm.sum_all(comm, values)  # not a subclass's, which may end here
 
 
 def reduce_sum(comm: Comm, sums: NDArray[np.int64], agreed: Form | None = None, piece_bytes: int = SUM_BYTES) -> None:
@@ -80,13 +62,13 @@ def reduce_sum(comm: Comm, sums: NDArray[np.int64], agreed: Form | None = None, 
     Args:
         comm: the communicator.
         sums: int64, of the same shape on all ranks.
-        agreed: as for `bcast_vector`.
+        agreed: as for `require_form`.
         piece_bytes: what is received, and added, at a time.
 
     Raises:
         TransferError: on every rank, if any rank's buffer is another.
     """
-    _check(comm, "reduce_sum", sums, agreed, "int64", written=True)
+    require_form(comm, agreed, "reduce_sum", sums, "int64", written=True)
     sum_bins(comm, [sums], lambda _: [sums], piece_bytes)
 
 
@@ -210,14 +192,6 @@ def relatives(rank: int, size: int) -> tuple[int | None, list[int]]:
             children.append(rank + distance)
         distance *= 2
     return None, children
-
-
-def _check(comm: Comm, call: str, array: Any, agreed: Form | None, dtype: str | None = None, *, written: bool) -> None:
-    """Collective without `agreed`."""
-    if agreed is None:
-        agree_on_buffer(comm, call, array, dtype, written=written)
-    else:
-        agreed.check(array, written=written)
 
 
 def _count_bytes(comm: Comm, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""How a rank waits: it polls, and sleeps in between, because a blocked MPI call spins and would steal a core.
+"""Patient waits: a rank polls, and sleeps in between, because a blocked MPI call spins and would steal a core.
 
 Short waits end with little delay and long ones cost little: a rank sleeps for a tenth of what it has waited so far, up
 to a limit that depends on how many ranks share a core.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from fedmpi.errors import PeerLostError
 
 _SPIN_S = 3e-4  # a message that is on its way arrives within this time
 _SHARE = 0.1
 _LONGEST_SLEEP_S = 1e-4  # where every rank has a core of its own
-_LONGEST_CROWDED_S = 3e-4  # for each rank a core
+_LONGEST_CROWDED_S = 3e-4  # per rank of a core
 _LONGEST_OF_ALL_S = 1e-3
 _PEER_CHECK_S = 1.0
 
@@ -29,25 +29,6 @@ class Pending(NamedTuple):
 
     clients_per_rank: int
     longest_client_s: float
-
-
-class Request(Protocol):
-    """An MPI operation that is under way."""
-
-    def Test(self) -> bool:  # noqa: N802  # mpi4py's name
-        """Return True once it is done; makes progress."""
-
-
-class Arrival:
-    """A message on its way to this rank; once it is here, `status` knows its length."""
-
-    def __init__(self, request: Any, status: object) -> None:
-        """Over an MPI request and an MPI status."""
-        self._request, self._status = request, status
-
-    def Test(self) -> bool:  # noqa: N802  # mpi4py's name
-        """Return True once it is here; makes progress."""
-        return bool(self._request.Test(self._status))
 
 
 class Waiting:
@@ -64,8 +45,8 @@ class Waiting:
         self.ranks_per_core = 2.0
         self.now = False
 
-    def until(self, request: Request, patience_s: float | None = None) -> bool:
-        """Return True once `request` is done, or False after `patience_s`.
+    def until(self, is_done: Callable[[], bool], patience_s: float | None = None) -> bool:
+        """Return True once `is_done`, which makes progress, does so, or False after `patience_s`.
 
         Raises:
             PeerLostError: a rank of this node died, and its launcher does not see to it.
@@ -75,7 +56,7 @@ class Waiting:
         started = time.monotonic()
         next_check = started + _PEER_CHECK_S
         self.now = True
-        while not request.Test():
+        while not is_done():
             now = time.monotonic()
             waited = now - started
             if waited < _SPIN_S:

@@ -33,13 +33,12 @@ class Clock:
         """Is done so long from now."""
         clock, done = self, self.now + done_after_s
 
-        class Request:
-            def Test(self):  # noqa: N802
-                clock.polls += 1
-                clock.pass_by(2e-6)
-                return clock.now >= done
+        def is_done():
+            clock.polls += 1
+            clock.pass_by(2e-6)
+            return clock.now >= done
 
-        return Request()
+        return is_done
 
 
 @pytest.mark.parametrize("ranks_per_core", [0.5, 1.0, 1.5, 5.5, 50.0])
@@ -67,11 +66,7 @@ def test_a_rank_that_is_gone_is_named():
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
 
-    class Never:
-        def Test(self):  # noqa: N802
-            return False
-
     begun = time.monotonic()
     with pytest.raises(PeerLostError, match=rf"rank 3 \(pid {gone.pid}\) is gone without a word"):
-        Waiting({1: 1, 3: gone.pid}).until(Never())
+        Waiting({1: 1, 3: gone.pid}).until(lambda: False)
     assert time.monotonic() - begun < 5
