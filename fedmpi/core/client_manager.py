@@ -174,7 +174,7 @@ class ClientPassiveManager(NetworkManager):
             self._train_alone(order, vector, client_ids[i], exact, work)
 
     def _clients_of(self, order: Order) -> Iterator[list[int]]:
-        """The clients placed on this rank, at once, or those it draws from the line, a few at a time."""
+        """The clients placed on this rank, at once, or those it draws from the queue, a few at a time."""
         if len(order.ranks) and order.ranks[0] < 0:
             line = order.cohort[np.argsort(-1 - order.ranks)]
             assert self.queue is not None, "setup comes first"

@@ -49,8 +49,8 @@ class Order:
         code: PARAMETER_UPDATE (train), EVALUATE_PARAMS or EXIT.
         round_idx: the round it belongs to.
         cohort: (K,) int64 client ids, ascending.
-        ranks: (K,) int64, the rank that trains each of them; or, if negative, -1 - its place in the line from which
-            idle trainers draw.
+        ranks: (K,) int64, the rank that trains each of them; or, if negative, -1 - its place in the queue from
+            which idle trainers draw.
         weights: (K,) int64, their weights in the mean, as the server wants them (see `exactsum.integer_weights`).
         integer_state: (B,) int64, the model's integer buffers.
         exit_code: what the process returns, with EXIT.

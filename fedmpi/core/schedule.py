@@ -78,7 +78,7 @@ def is_pinned(cohort_size: int, num_trainers: int, num_clients: int) -> bool:
 
 
 def queue(costs: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(K,) each client's place in the line from which idle trainers draw the next: the costliest first."""
+    """(K,) each client's place in the queue from which idle trainers draw the next: the costliest first."""
     places = np.empty(len(costs), np.int64)
     places[np.argsort(-costs, kind="stable")] = np.arange(len(costs))
     return places

@@ -24,13 +24,7 @@ def on_root(comm: Comm, work: Callable[[], T], share: bool = True) -> T:
     Returns:
         Its result, on every rank; with `share` False only on the server, and None elsewhere.
     """
-    result: Any = None
-    error: FedmpiError | None = None
-    if comm.is_server:
-        try:
-            result = work()
-        except FedmpiError as raised:
-            error = raised
+    result, error = _attempt(work) if comm.is_server else (None, None)
     shared, error = comm.share((result if share else None, error))
     if error is not None:
         raise everywhere(error)
@@ -39,14 +33,16 @@ def on_root(comm: Comm, work: Callable[[], T], share: bool = True) -> T:
 
 def on_all(comm: Comm, work: Callable[[], T]) -> T:
     """Collective. Run `work` on every rank; a FedmpiError on any of them is raised on all."""
-    result: T | None = None
-    error: FedmpiError | None = None
-    try:
-        result = work()
-    except FedmpiError as raised:
-        error = raised
+    result, error = _attempt(work)
     agree(comm, error)
     return result  # type: ignore[return-value]  # `work` returned it
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, FedmpiError | None]:
+    try:
+        return work(), None
+    except FedmpiError as error:
+        return None, error
 
 
 def agree(comm: Comm, error: FedmpiError | None) -> None:

@@ -158,10 +158,14 @@ def _unlink(segments: list[_Found], shm: Path) -> Iterator[Path]:
     folder = os.open(shm, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         end = time.monotonic() + _LOCK_S
-        while not _lock(folder):
-            if time.monotonic() > end:
-                return
-            time.sleep(0.01)
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    return
+                time.sleep(0.01)
         for found in segments:
             with contextlib.suppress(OSError):  # somebody was faster
                 about = os.stat(found.path.name, dir_fd=folder, follow_symlinks=False)
@@ -170,11 +174,3 @@ def _unlink(segments: list[_Found], shm: Path) -> Iterator[Path]:
                     yield found.path
     finally:
         os.close(folder)
-
-
-def _lock(folder: int) -> bool:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

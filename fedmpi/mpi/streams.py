@@ -1,4 +1,4 @@
-"""Standard output and error as they may be: closed, full, or read by nobody. No call here waits longer than it is told.
+"""Standard output and error that may be closed, full, or read by nobody. No call here waits longer than it is told.
 
 A pipe that nobody reads (a stopped terminal, a launcher whose own output is stuck) takes 64 KiB and then blocks whoever
 writes. A pipe that is said to have room takes `select.PIPE_BUF` bytes without blocking.
@@ -76,7 +76,7 @@ def settle(patience_s: float) -> None:
 
 
 def drop(descriptor: int) -> None:
-    """From now on what is written to `descriptor` is dropped."""
+    """Drop what is written to `descriptor` from now on."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

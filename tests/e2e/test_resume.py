@@ -28,7 +28,7 @@ POINTS = [
     (SERVER, "<fedmpi.report.run_folder:RunFolder.on_end", 1),
     (ALL, "<fedmpi.core.collection:bcast_order", 6),
     (ALL, "<fedmpi.mpi.tree:bcast_vector", 7),
-    (ALL, ">fedmpi.mpi.comm:Comm.receive", 40),
+    (ALL, ">fedmpi.mpi.comm:Comm.receive", 20),
     (ALL, ">fedmpi.mpi.tree:bcast_vector", 8),
     (TRAINER, "<fedmpi.fedavg:FedAvgTrainer.train", 5),
     (TRAINER, ">fedmpi.engines.fused:FusedEngine.epoch", 3),
