@@ -19,36 +19,50 @@ from typing import TYPE_CHECKING, Any
 from fedmpi.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedmpi.core.aggregate import Aggregators
-    from fedmpi.core.client_manager import ClientPassiveManager
-    from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
-    from fedmpi.core.manager import NetworkManager
-    from fedmpi.core.messages import MessageCode
-    from fedmpi.core.server_manager import ServerManager
-    from fedmpi.core.trainer import ClientSGDTrainer, ClientTrainer
+    from fedmpi.algorithm import Algorithm, Client, Clip, Segments, Server, Transform
+    from fedmpi.config import RunConfig
+    from fedmpi.core.order import MessageCode
     from fedmpi.core.vector import SerializationTool
     from fedmpi.data.partition import noniid_slicing, random_slicing
     from fedmpi.data.partition_file import load_dict, save_dict
     from fedmpi.embedded import Run, run
     from fedmpi.errors import FedmpiError
-    from fedmpi.fedlab import PackageProcessor
+    from fedmpi.fedlab import (
+        Aggregators,
+        ClientPassiveManager,
+        ClientSGDTrainer,
+        ClientTrainer,
+        NetworkManager,
+        PackageProcessor,
+        ParameterServerBackendHandler,
+        ServerManager,
+        SyncParameterServerHandler,
+    )
     from fedmpi.lifecycle.exits import abort_on_crash
     from fedmpi.lifecycle.progress import beat
 
+
 _HOME = {
-    "Aggregators": "core.aggregate",
-    "ClientPassiveManager": "core.client_manager",
-    "ClientSGDTrainer": "core.trainer",
-    "ClientTrainer": "core.trainer",
+    "Aggregators": "fedlab",
+    "Algorithm": "algorithm",
+    "Client": "algorithm",
+    "ClientPassiveManager": "fedlab",
+    "ClientSGDTrainer": "fedlab",
+    "ClientTrainer": "fedlab",
+    "Clip": "algorithm",
     "FedmpiError": "errors",
-    "MessageCode": "core.messages",
-    "NetworkManager": "core.manager",
+    "MessageCode": "core.order",
+    "NetworkManager": "fedlab",
     "PackageProcessor": "fedlab",
-    "ParameterServerBackendHandler": "core.handler",
+    "ParameterServerBackendHandler": "fedlab",
     "Run": "embedded",
+    "RunConfig": "config",
+    "Segments": "algorithm",
     "SerializationTool": "core.vector",
-    "ServerManager": "core.server_manager",
-    "SyncParameterServerHandler": "core.handler",
+    "Server": "algorithm",
+    "ServerManager": "fedlab",
+    "SyncParameterServerHandler": "fedlab",
+    "Transform": "algorithm",
     "abort_on_crash": "lifecycle.exits",
     "beat": "lifecycle.progress",
     "load_dict": "data.partition_file",
@@ -60,18 +74,25 @@ _HOME = {
 
 __all__ = [
     "Aggregators",
+    "Algorithm",
+    "Client",
     "ClientPassiveManager",
     "ClientSGDTrainer",
     "ClientTrainer",
+    "Clip",
     "FedmpiError",
     "MessageCode",
     "NetworkManager",
     "PackageProcessor",
     "ParameterServerBackendHandler",
     "Run",
+    "RunConfig",
+    "Segments",
     "SerializationTool",
+    "Server",
     "ServerManager",
     "SyncParameterServerHandler",
+    "Transform",
     "abort_on_crash",
     "beat",
     "load_dict",

@@ -1,24 +1,27 @@
-"""`python -m fedmpi`: lists the algorithms; `python -m fedmpi fedavg ...` is `python -m fedmpi.fedavg ...`."""
+"""`python -m fedmpi`: lists the algorithms; `python -m fedmpi fedavg ...` runs one, `... mine:Own ...` one of yours."""
 
 from __future__ import annotations
 
 import sys
 
+from fedmpi.algorithms import ALGORITHMS
 from fedmpi.errors import EXIT_DONE, EXIT_MISTAKE
-from fedmpi.launch import ALGORITHMS, main
+from fedmpi.launch import main
 from fedmpi.lifecycle.exits import say_error
 from fedmpi.mpi.streams import show
 
 
 def _main(argv: list[str]) -> int:
     if argv and argv[0] in ALGORITHMS:
-        return main(ALGORITHMS[argv[0]][0], argv=argv[1:])
-    lines = [f"  {name:10} {text}" for name, (_, text) in ALGORITHMS.items()]
-    usage = ["usage: mpirun -n 11 python -m fedmpi ALGORITHM [OPTION ...]", "", *lines]
+        return main(ALGORITHMS[argv[0]].spec, argv=argv[1:])
+    if argv and all(argv[0].rpartition(":")):
+        return main(argv[0], argv=argv[1:])
+    lines = [f"  {name:16} {entry.paper}" for name, entry in ALGORITHMS.items()]
+    usage = ["usage: mpirun -n 11 python -m fedmpi ALGORITHM [OPTION ...]", "", *lines, "  module:Class     your own"]
     if not argv or argv[0] in ("-h", "--help"):
         show(sys.stdout, "\n".join([*usage, "", "python -m fedmpi ALGORITHM --help lists its options.", ""]))
         return EXIT_DONE
-    say_error(f"no algorithm {argv[0]!r}; there are: {', '.join(ALGORITHMS)}")
+    say_error(f"no algorithm {argv[0]!r}; there are: {', '.join(ALGORITHMS)}, and your own as module:Class")
     return EXIT_MISTAKE
 
 

@@ -75,10 +75,12 @@ class RunConfig(DataConfig):
         None, "test samples to evaluate on, spread evenly over the test set (default: all)", "Federation", "[1, inf)"
     )
     server_lr: float = option(1.0, "step size of the server along the mean update", "Federation", "(0, inf)")
-    collect: Literal["auto", "reduce", "gather"] = option(
-        "auto", "updates travel as one exact sum or row by row; same bits (auto: what the handler needs)",
-        "Federation", result=False,
-    )  # fmt: skip
+    group_clients: int = option(
+        32,
+        "most clients of one step that are trained together, as one product; 1: each by itself",
+        "Federation",
+        "[1, 32]",
+    )
     seed: int = option(0, "seed of initial weights, cohorts and batches", "Federation", "[0, 9223372036854775807]")
 
     device: Literal["auto", "cpu", "cuda"] = option(
@@ -108,7 +110,7 @@ class RunConfig(DataConfig):
         " before the job's time limit)", "Survival", "(0, inf)", result=False,
     )  # fmt: skip
     leak_check: Literal["on", "off"] = option(
-        "on", "whether a trainer class of your own is tried for what it hands from one client to the next", "Survival",
+        "on", "whether an algorithm of your own is refused that changes itself, which other ranks would not know", "Survival",
         result=False,
     )  # fmt: skip
     stall_timeout: float = option(

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedmpi.algorithms import ALGORITHMS
 from fedmpi.config import RunConfig
 from fedmpi.errors import ConfigError, FedmpiError, LaunchError
-from fedmpi.launch import ALGORITHMS, before_mpi, connect
+from fedmpi.launch import before_mpi, config_of, connect
 from fedmpi.lifecycle.exits import abort_on_crash
 from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadline
 from fedmpi.lifecycle.watchdog import Watchdog
@@ -55,7 +56,7 @@ class Run:
     exit_code: int
 
 
-def run(algorithm: str = "fedavg", config_class: type[RunConfig] = RunConfig, /, **options: object) -> Run:
+def run(algorithm: str = "fedavg", config_class: type[RunConfig] | None = None, /, **options: object) -> Run:
     """Train, and return what came out. Collective under mpirun.
 
     A signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) stops the run after the round at hand and its checkpoint, then goes to
@@ -64,7 +65,7 @@ def run(algorithm: str = "fedavg", config_class: type[RunConfig] = RunConfig, /,
 
     Args:
         algorithm: a name that `python -m fedmpi` lists, or "module:NAME" of an `Algorithm`.
-        config_class: its options.
+        config_class: its options; None: as the algorithm says.
         **options: as on the command line, with underscores: `client_lr=0.05`. `config="run.yaml"` reads a file.
 
     Raises:
@@ -86,14 +87,16 @@ def run(algorithm: str = "fedavg", config_class: type[RunConfig] = RunConfig, /,
     return done
 
 
-def _run(algorithm: str, config_class: type[RunConfig], options: dict[str, object], signals: StopSignals | None) -> Run:
+def _run(
+    algorithm: str, config_class: type[RunConfig] | None, options: dict[str, object], signals: StopSignals | None
+) -> Run:
     started = time.monotonic()
     if signals is not None:
         signals.catch()
     prepared, mistake = None, None
     try:
         recipe = _recipe(algorithm)
-        config = parse(config_class, _file_of(options), "fedmpi.run", "", _plain(options))
+        config = parse(config_class or config_of(recipe), _file_of(options), "fedmpi.run", "", _plain(options))
         set_up_logging(0, config, own=False)
         before_mpi(config)
         prepared = recipe, config, slurm_deadline(os.environ) if speaks() else None
@@ -161,7 +164,7 @@ def _recipe(algorithm: str) -> str:
         return algorithm
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"no algorithm {algorithm!r}; there are: {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[algorithm][0]
+    return ALGORITHMS[algorithm].spec
 
 
 def _file_of(options: dict[str, object]) -> list[str]:

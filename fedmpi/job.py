@@ -1,13 +1,12 @@
-"""A job inside MPI: device -> data -> the algorithm's halves -> run folder -> manager -> run.
+"""A job inside MPI: device -> data -> the algorithm's halves -> run folder -> session -> rounds.
 
-Every function that communicates is collective; only `build_manager` and `build_halves` look at the role of a rank.
+Every function that communicates is collective; only `build_halves` looks at the role of a rank.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmpi.algorithm import Algorithm, make
+from fedmpi.client import ClientVisitor
 from fedmpi.config import RunConfig
-from fedmpi.core.client_manager import ClientPassiveManager
-from fedmpi.core.evaluate import Evaluator
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.manager import NetworkManager, Observer
+from fedmpi.core.coordinator import Grouping
+from fedmpi.core.isolation import put_back_note
 from fedmpi.core.memory_format import memory_format_of
+from fedmpi.core.order import IntArray
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
-from fedmpi.core.server_manager import ServerManager
-from fedmpi.core.trainer import ClientTrainer
-from fedmpi.core.visits import put_back_note
+from fedmpi.core.session import Session
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
 from fedmpi.data.partition_file import resolve_partition
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import map_split
+from fedmpi.engines import groups
 from fedmpi.errors import EXIT_DONE
 from fedmpi.lifecycle.exits import say
 from fedmpi.lifecycle.policies import Boundary
 from fedmpi.lifecycle.signals import Deadline, StopSignals
 from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import SUMMARY
-from fedmpi.machine.placement import find_machine
+from fedmpi.machine.placement import Machine, find_machine
 from fedmpi.models import build_model, model_function
 from fedmpi.mpi.comm import Comm, library_version
 from fedmpi.mpi.setup import on_all, on_every_rank, on_root
@@ -49,48 +48,29 @@ from fedmpi.report.identity import functions_of, identity, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.server import AlgorithmServer
 from fedmpi.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """A federated algorithm: its two halves.
-
-    Attributes:
-        name: for the banner.
-        trainer: (model, data, config, device) -> the client half.
-        handler: (model, config) -> the server half.
-    """
-
-    name: str
-    trainer: Callable[[torch.nn.Module, ClientData, Any, torch.device], ClientTrainer]
-    handler: Callable[[torch.nn.Module, Any], SyncParameterServerHandler]
-
-
-@dataclass(frozen=True)
 class Halves:
     """What this rank has of the algorithm; a lone rank has both."""
 
-    handler: SyncParameterServerHandler | None
-    trainer: ClientTrainer | None
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """In which the model likes its images."""
-        return memory_format_of(self.model)
+    server: AlgorithmServer | None
+    visitor: ClientVisitor | None
 
     @property
     def model(self) -> torch.nn.Module:
         """The server's, else the trainer's."""
-        half = self.handler or self.trainer
+        half = self.server or self.visitor
         assert half
         return half.model
 
 
 def run_job(
-    net: Comm,
+    comm: Comm,
     algorithm: str,
     config: RunConfig,
     watchdog: Watchdog | None,
@@ -100,8 +80,8 @@ def run_job(
     """Collective. Train as `config` says.
 
     Args:
-        net: this rank's end of the communicator.
-        algorithm: "module:NAME" of an `Algorithm`.
+        comm: this rank's end of the communicator.
+        algorithm: "module:Class" of an `Algorithm`.
         config: its options, the same on every rank.
         watchdog: of this rank, which has begun; None: nobody watches.
         signals: of this process, which end the job early.
@@ -111,81 +91,74 @@ def run_job(
         FedmpiError: a mistake of the user's, on every rank alike.
     """
     module, _, name = algorithm.partition(":")
-    recipe: Algorithm = getattr(importlib.import_module(module), name)
-    machine = find_machine(net, config.device, config.threads)
-    dataset = on_all(net, lambda: load_dataset(config.dataset, config.data_dir))
-    partition, split = share_partition(net, config, dataset)
-    halves = on_all(net, lambda: build_halves(net, recipe, config, dataset, partition, machine.device))
+    cls: type[Algorithm[Any]] = getattr(importlib.import_module(module), name)
+    machine = find_machine(comm, config.device, config.threads)
+    dataset = on_all(comm, lambda: load_dataset(config.dataset, config.data_dir))
+    partition, split = share_partition(comm, config, dataset)
+    halves = on_all(comm, lambda: build_halves(comm, cls, config, dataset, partition, machine.device))
+    server, visitor = halves.server, halves.visitor
     data = {"dataset_sha256": dataset.sha256, "partition_sha256": split}
-    folder = on_root(net, lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
+    folder = on_root(comm, lambda: RunFolder(config, data, identity(algorithm, halves.model), __version__), share=False)
     try:
-        if on_root(net, lambda: folder is not None and nothing_to_do(folder, halves.handler, config.rounds)):
-            return outcome_of(EXIT_DONE, folder.path if folder else None, halves.handler)
-        engines = on_every_rank(net, halves.trainer.engine_note if halves.trainer else None)
-        changed = on_every_rank(net, list(halves.trainer.changed_attributes) if halves.trainer else [])[-1]
-        functions: dict[str, list[object]] = {
-            "model": functions_of(model_function(config.model) if ":" in config.model else None, halves.model),
-            "trainer": [recipe.trainer, type(halves.trainer)],
-            "handler": [recipe.handler, type(halves.handler)],
-            "algorithm": [importlib.import_module(module)],
-        }
-        users = {role: where for found in on_every_rank(net, sources(functions)) for role, where in found.items()}
-        provenance: dict[str, Any] = {
-            "algorithm": algorithm,
-            "fedmpi": __version__,
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "mpi": library_version(),
-            "ranks": net.size,
-            "threads": machine.threads,
-            "engine": engines[-1],
-            "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
-            "server_capability": machine.places[0][2],
-            **data,
-            **input_record(dataset),
-            "sources": users,
-        }
-        on_root(net, lambda: folder.begin(config, provenance | split_record(config, split)) if folder else None)
-        facts = {
-            "options": result_hash(config),
-            "data set": dataset.sha256,
-            "threads": machine.threads,
-            "engine": engines[net.rank] or engines[-1],
-        }
-        layout = halves.memory_format
-        evaluator = on_all(net, lambda: test_evaluator(dataset, machine.device, layout, config.eval_samples))
+        if on_root(comm, lambda: folder is not None and nothing_to_do(folder, server, config.rounds)):
+            return outcome_of(EXIT_DONE, folder.path if folder else None, halves.model)
+        engines = on_every_rank(comm, visitor.engine_note if visitor else None)
+        changed = on_every_rank(comm, list(visitor.changed_attributes) if visitor else [])[-1]
+        users = on_every_rank(comm, sources(_functions(cls, config, halves.model)))
+        record = _provenance(comm, algorithm, machine, engines[-1], data, dataset, users)
+        on_root(comm, lambda: folder.begin(config, record | split_record(config, split)) if folder else None)
         progress = Progress(config.rounds, folder.elapsed_s if folder else 0.0)
-        boundary = Boundary(folder, config.checkpoint_every, signals, deadline)
-        observers = [each for each in (folder, progress) if each]
-        manager = on_all(
-            net, lambda: build_manager(net, config, halves, evaluator, facts, observers, boundary, signals)
+        policy = Boundary(folder, config.checkpoint_every, signals, deadline)
+        memory_format = memory_format_of(halves.model)
+        grouped = min(on_every_rank(comm, visitor.takes_groups if visitor else True))
+        session = Session(
+            comm,
+            server,
+            visitor,
+            device=machine.device,
+            evaluator=on_all(comm, lambda: test_evaluator(dataset, machine.device, memory_format, config.eval_samples)),
+            facts={
+                "options": result_hash(config),
+                "data set": dataset.sha256,
+                "threads": machine.threads,
+                "engine": engines[comm.rank] or engines[-1],
+            },
+            schedule=config.schedule,
+            eval_every=config.eval_every,
+            observers=[observer for observer in (folder, progress) if observer],
+            policy=policy,
+            signals=signals,
+            cuda_aware=config.cuda_aware,
+            grouping=_grouping(config) if grouped else None,
         )
-        on_root(net, lambda: resume(folder, manager))
+        start(session, halves, config)
+        on_root(comm, lambda: resume(folder, session))
         if machine.warning:
             logger.warning("%s", machine.warning)
-        if halves.handler is not None and folder is not None:
-            size = len(halves.handler.model_parameters)
-            for line in banner(recipe.name, config, machine.places, dataset, partition, size, provenance, folder.path):
+        if server is not None and folder is not None:
+            size = len(server.flat[server.layout.vector])
+            title = cls.__name__
+            for line in banner(title, config, machine.places, dataset, partition, size, record, folder.path):
                 logger.info("%s", line)
             if changed:
                 logger.info("%s", put_back_note(changed))
             if deadline is not None:
                 logger.info("time:   %.0f s left of %s", max(0.0, deadline.left_s()), deadline.what)
         if config.timeline:
-            net.barrier()
-            net.timeline.begin()
+            comm.barrier()
+            comm.timeline.begin()
         if signals is not None:
-            signals.catch_interrupt(say if net.is_server else None)
+            signals.catch_interrupt(say if comm.is_server else None)
         if watchdog is not None:
-            watchdog.begin_rounds(boundary if net.is_server else None)
-        code = manager.run()
+            watchdog.begin_rounds(policy if comm.is_server else None)
+        code = session.run()
         if watchdog is not None:
             watchdog.stop()
         if config.timeline:
-            spans = net.gather_timeline()
-            on_root(net, lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
-        failure = manager.failure if isinstance(manager, ServerManager) else None
-        outcome = outcome_of(code, folder.path if folder else None, halves.handler, failure)
+            spans = comm.gather_timeline()
+            on_root(comm, lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
+        failure = session.loop.failure if session.loop else None
+        outcome = outcome_of(code, folder.path if folder else None, halves.model, failure)
         if folder is not None and code == EXIT_DONE:
             logger.log(SUMMARY, "%s", progress.summary(outcome.model_hash, folder.path))
         return outcome
@@ -194,14 +167,23 @@ def run_job(
             folder.close()
 
 
-def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None, rounds: int) -> bool:
-    """On the server: whether the run in the folder has all the rounds that are asked for; says so."""
-    if folder.stored is None or handler is None:
+def start(session: Session, halves: Halves, config: RunConfig) -> None:
+    """Collective. Set a session up; the server's half learns of its exchanges."""
+    on_server, visitor = halves.server is not None, halves.visitor
+    num_clients, seed = (config.num_clients, config.seed) if on_server else (0, 0)
+    session.set_up(num_clients, seed, visitor.num_samples if visitor else None, single=False)
+    if halves.server is not None:
+        halves.server.coordinator = session.coordinator
+
+
+def nothing_to_do(folder: RunFolder, server: AlgorithmServer | None, rounds: int) -> bool:
+    """Return True, on the server, if the run in the folder has all the rounds that are asked for; says so."""
+    if folder.stored is None or server is None:
         return False
     with folder.fits():
-        handler.load_state_dict(folder.stored["server"]["handler"])
-        at_its_end = handler.stop_condition()
-    done = handler.round_idx
+        server.load_state_dict(folder.stored["server"]["half"])
+        at_its_end = server.finished()
+    done = server.round_idx
     if done > rounds:
         logger.info("%s has %d rounds, --rounds asks for %d: nothing to do", folder.path, done, rounds)
     elif at_its_end and folder.finished:
@@ -211,14 +193,14 @@ def nothing_to_do(folder: RunFolder, handler: SyncParameterServerHandler | None,
     return True
 
 
-def resume(folder: RunFolder | None, manager: NetworkManager) -> None:
-    """On the server: go on from what the folder holds, if anything."""
-    if isinstance(manager, ServerManager) and folder is not None and folder.stored is not None:
+def resume(folder: RunFolder | None, session: Session) -> None:
+    """On the server, go on from what the folder holds, if anything."""
+    if session.loop is not None and folder is not None and folder.stored is not None:
         with folder.fits():
-            manager.load_state_dict(folder.stored["server"])
+            session.loop.load_state_dict(folder.stored["server"])
 
 
-def share_partition(net: Comm, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
+def share_partition(comm: Comm, config: RunConfig, dataset: Dataset) -> tuple[PartitionIndex, str]:
     """Collective. The split, found or made by the server, and its SHA-256.
 
     A large one is mapped by all ranks from one file if they can see it; else the server sends the arrays.
@@ -230,31 +212,33 @@ def share_partition(net: Comm, config: RunConfig, dataset: Dataset) -> tuple[Par
         held.append(index)
         return sha256, len(index.offsets), len(index.indices), index.file
 
-    sha256, num_offsets, num_indices, file = on_root(net, resolve)
+    sha256, num_offsets, num_indices, file = on_root(comm, resolve)
     mapped = held[0] if held else map_split(file, whole=False) if file else None
     fits = mapped is not None and (len(mapped.offsets), len(mapped.indices)) == (num_offsets, num_indices)
-    if file and net.max_of(int(not fits)) == 0:
+    if file and comm.max_of(int(not fits)) == 0:
         assert mapped is not None
         return mapped, sha256
     offsets = held[0].offsets if held else np.empty(num_offsets, np.int64)
     indices = held[0].indices if held else np.empty(num_indices, np.int64)
-    return PartitionIndex(bcast_vector(net, offsets), bcast_vector(net, indices)), sha256
+    return PartitionIndex(bcast_vector(comm, offsets), bcast_vector(comm, indices)), sha256
 
 
 def build_halves(
-    net: Comm,
-    recipe: Algorithm,
+    comm: Comm,
+    cls: type[Algorithm[Any]],
     config: RunConfig,
     dataset: Dataset,
     partition: PartitionIndex,
     device: torch.device,
 ) -> Halves:
     """The server half on rank 0, the client half on the others, both on a lone rank."""
-    handler = recipe.handler(initial_model(config, dataset), config) if net.is_server else None
-    trainer = None
-    if not net.is_server or net.size == 1:
-        trainer = recipe.trainer(initial_model(config, dataset), ClientData(dataset, partition, device), config, device)
-    return Halves(handler, trainer)
+    server = visitor = None
+    if comm.is_server:
+        server = AlgorithmServer(make(cls, config), initial_model(config, dataset), config)
+    if not comm.is_server or comm.size == 1:
+        data = ClientData(dataset, partition, device)
+        visitor = ClientVisitor(make(cls, config), initial_model(config, dataset), data, config, device)
+    return Halves(server, visitor)
 
 
 def initial_model(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
@@ -263,39 +247,45 @@ def initial_model(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
     return build_model(config.model, dataset.input_shape, dataset.num_classes)
 
 
-def build_manager(
-    net: Comm,
-    config: RunConfig,
-    halves: Halves,
-    evaluator: Evaluator,
-    facts: Mapping[str, object],
-    observers: Sequence[Observer],
-    boundary: Boundary | None = None,
-    signals: StopSignals | None = None,
-) -> NetworkManager:
-    """The manager of this rank's role; the only other place that looks at it."""
-    local = None
-    if halves.trainer is not None:
-        local = ClientPassiveManager(
-            net,
-            halves.trainer,
-            evaluator,
-            facts,
-            cuda_aware=config.cuda_aware,
-            signals=signals,
-            leak_check=config.leak_check == "on",
-        )
-    if halves.handler is None:
-        assert local is not None
-        return local
-    return ServerManager(
-        net,
-        halves.handler,
-        local,
-        eval_every=config.eval_every,
-        collect=config.collect,
-        schedule=config.schedule,
-        observers=observers,
-        facts=facts,
-        boundary=boundary,
-    )
+def _grouping(config: RunConfig) -> Grouping:
+    """Return how clients of one step are grouped."""
+
+    def grouping(client_ids: IntArray, sizes: IntArray) -> list[IntArray]:
+        one_step = (sizes > 0) & (sizes <= (config.batch_size or sizes)) & (config.local_epochs == 1)
+        places = np.flatnonzero(one_step)
+        return [places[part] for part in groups.cut(client_ids[places], sizes[places], config.group_clients)]
+
+    return grouping
+
+
+def _functions(cls: type[Algorithm[Any]], config: RunConfig, model: torch.nn.Module) -> dict[str, list[object]]:
+    """Return what of this job may be a user's own code, by role."""
+    function = model_function(config.model) if ":" in config.model else None
+    return {"model": functions_of(function, model), "algorithm": [cls]}
+
+
+def _provenance(
+    comm: Comm,
+    algorithm: str,
+    machine: Machine,
+    engine: str | None,
+    data: dict[str, str],
+    dataset: Dataset,
+    users: list[dict[str, dict[str, str]]],
+) -> dict[str, Any]:
+    """Return the record of what decides the result beside the options."""
+    return {
+        "algorithm": algorithm,
+        "fedmpi": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "mpi": library_version(),
+        "ranks": comm.size,
+        "threads": machine.threads,
+        "engine": engine,
+        "capability": sorted({capability for _, _, capability in machine.places[1:] or machine.places}),
+        "server_capability": machine.places[0][2],
+        **data,
+        **input_record(dataset),
+        "sources": {role: file for found in users for role, file in found.items()},
+    }

@@ -18,7 +18,8 @@ from fedmpi import interrupt
 from fedmpi.config import RunConfig
 from fedmpi.data.partition import check_partition_options
 from fedmpi.data.sources import obtain
-from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError
+from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError, shown
+from fedmpi.imports import import_name
 from fedmpi.lifecycle.exits import abort_on_crash, end_all, say_error
 from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadline
 from fedmpi.lifecycle.watchdog import Watchdog
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ALGORITHMS = {"fedavg": ("fedmpi.fedavg:FEDAVG", "federated averaging (McMahan et al. 2017)")}
-"""Name -> "module:NAME" of an `Algorithm`, and one line about it."""
-
 _OPEN_FILES = 64
 """A rank holds about 30."""
 
@@ -44,12 +42,12 @@ _READ_S = 5.0
 """At the end: a log of which nobody takes anything for so long is not read."""
 
 
-def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequence[str] | None = None) -> int:
+def main(algorithm: str, config_class: type[RunConfig] | None = None, argv: Sequence[str] | None = None) -> int:
     """Run a job from the command line; collective if started by mpirun.
 
     Args:
-        algorithm: "module:NAME" of an `Algorithm`; imported only once the options are right.
-        config_class: its options.
+        algorithm: "module:Class" of an `Algorithm`.
+        config_class: its options; then it is imported only once they are right. None: it is asked.
         argv: arguments without the program's name; default: the process's.
 
     Returns:
@@ -57,14 +55,14 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
     """
     words = sys.argv[1:] if argv is None else argv
     module = algorithm.partition(":")[0]
+    program = module if module.startswith("fedmpi.") else f"fedmpi {algorithm}"
     started = time.monotonic() - process_age_s()
     signals = StopSignals()
     signals.catch()
 
     def prepare() -> tuple[RunConfig, Deadline | None]:
-        config = parse(
-            config_class, words, f"python -m {module}", f"{module}: one federated training run as one MPI job"
-        )
+        options = config_of(algorithm) if config_class is None else config_class
+        config = parse(options, words, f"python -m {program}", f"{program}: one federated training run as one MPI job")
         before_mpi(config)
         return config, slurm_deadline(os.environ) if speaks() else None
 
@@ -85,6 +83,21 @@ def main(algorithm: str, config_class: type[RunConfig] = RunConfig, argv: Sequen
             return run_job(net, algorithm, config, watchdog, signals, deadline).exit_code
 
     return start(words, prepare, job)
+
+
+def config_of(algorithm: str) -> type[RunConfig]:
+    """Return the options of an algorithm.
+
+    Raises:
+        ConfigError: "module:Class" is no algorithm.
+    """
+    cls = import_name(f"algorithm {algorithm}", algorithm)
+    config_class = getattr(cls, "Config", None)
+    if not isinstance(cls, type) or not hasattr(cls, "round"):
+        raise ConfigError(f"algorithm {algorithm} must be a class derived from fedmpi.Algorithm, got {shown(cls)}")
+    if not (isinstance(config_class, type) and issubclass(config_class, RunConfig)):
+        raise ConfigError(f"algorithm {algorithm}: Config must be a class derived from RunConfig")
+    return config_class
 
 
 def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Comm, T], int]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmpi.core.handler import SyncParameterServerHandler
+from torch import nn
+
 from fedmpi.core.vector import vector_hash
 from fedmpi.errors import FedmpiError
 
@@ -30,10 +31,10 @@ class Outcome:
 def outcome_of(
     code: int,
     folder: Path | None,
-    handler: SyncParameterServerHandler | None,
+    model: nn.Module,
     failure: FedmpiError | None = None,
 ) -> Outcome:
     """The outcome as this rank knows it."""
-    if folder is None or handler is None:
+    if folder is None:
         return Outcome(code)
-    return Outcome(code, folder, vector_hash(handler.model.state_dict()), failure)
+    return Outcome(code, folder, vector_hash(model.state_dict()), failure)

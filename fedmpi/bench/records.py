@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import RoundRecord
+from fedmpi.core.record import RoundRecord
+from fedmpi.core.server_loop import ServerHalf
 
 
 class Records(list[RoundRecord]):
@@ -13,5 +13,5 @@ class Records(list[RoundRecord]):
         """One more."""
         self.append(record)
 
-    def on_end(self, handler: SyncParameterServerHandler) -> None:
+    def on_end(self, handler: ServerHalf) -> None:
         """Nothing."""

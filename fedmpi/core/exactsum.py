@@ -76,42 +76,71 @@ def integer_weights(weights: NDArray[Any] | Sequence[float]) -> NDArray[np.int64
     return np.asarray(np.rint(given / largest * _LARGEST_WEIGHT), np.int64)
 
 
-class ExactSum:
-    """Accumulates n_k * (w_k - w) over clients; one (P,) int64 tensor a bin."""
+class Reference:
+    """A vector w that clients started from, in the forms that a sum of w_k - w needs; each is made when first used."""
 
-    def __init__(self, reference: Tensor, weight_total: int, weight_max: int) -> None:
+    def __init__(self, start: Tensor) -> None:
+        """`start`: (P,) float32."""
+        self.start = start
+
+    @functools.cached_property
+    def wide(self) -> Tensor:
+        """(P,) float64."""
+        return self.start.to(torch.float64)
+
+    @functools.cached_property
+    def array(self) -> NDArray[np.float64]:
+        """(P,) float64; on CPU only."""
+        return self.wide.numpy()
+
+    @functools.cached_property
+    def largest(self) -> float:
+        """The largest of the absolute values; NaN if there is one."""
+        return _largest(self.start)
+
+
+class ExactSum:
+    """Accumulates n_k * (w_k - w) over clients; one (P,) int64 tensor per bin."""
+
+    def __init__(self, reference: Tensor | Reference, weight_total: int, weight_max: int) -> None:
         """Start empty.
 
         Args:
             reference: (P,) float32, the vector w that the clients started from.
             weight_total: sum of the weights that will ever be added, over all ranks.
-            weight_max: largest of them.
+            weight_max: largest of what is added at a time.
         """
-        self._start = reference
+        self._reference = reference if isinstance(reference, Reference) else Reference(reference)
+        self._shape, self._device = self._reference.start.shape, self._reference.start.device
         self._weight_total = weight_total
         self._exponent = scale_exponent(weight_total, weight_max)
         self._bins: dict[int, Tensor] = {}
         self._copies: dict[int, Tensor] = {}
         self._terms: dict[int, int] = {}  # how many times a bin still holds _MAGIC_BITS too much
 
-    def add(self, vector: Tensor, weight: int, bin_idx: int | None = None) -> int | None:
+    def add(
+        self, vector: Tensor, weight: int, bin_idx: int | None = None, reference: Reference | None = None
+    ) -> int | None:
         """Add one client.
 
         Args:
             vector: (P,) float32, w_k.
             weight: n_k, an integer >= 0.
             bin_idx: the client's bin, when `vector` is only a block of its columns; None: found here.
+            reference: w, if it is another than that of the other clients.
 
         Returns:
             The client's bin, or None if the vector is not finite and nothing was added.
         """
-        if bin_idx is None and self.in_range(_largest(vector)):
+        reference = reference or self._reference
+        if bin_idx is None and reference.largest + _largest(vector) < 2.0**_RANGE_BITS:
             bin_idx = 0
-        if bin_idx == 0 and vector.device.type == "cpu" and math.isfinite(self._largest):
-            self.add_piece(slice(0, len(vector)), vector.numpy(), weight)
-            self.count(1)
+        if bin_idx == 0 and self._device.type == "cpu" and math.isfinite(reference.largest):
+            self._add_in_blocks(vector.numpy(), reference.array, weight)
             return 0
-        self._subtract(vector)
+        self._term.copy_(vector).sub_(reference.wide)
+        if not math.isfinite(reference.largest):  # the same bits add nothing, also where they are not finite
+            self._term.masked_fill_(vector.view(torch.int32) == reference.start.view(torch.int32), 0)
         if bin_idx is None:
             bin_idx = _bin_of(self._term)
             if bin_idx is None:
@@ -124,38 +153,34 @@ class ExactSum:
         self._put(0, self._term.add_(_MAGIC))
         return bin_idx
 
-    def in_range(self, largest: float) -> bool:
-        """Whether a vector whose absolute values are at most `largest` goes to bin 0; False if that is NaN."""
-        return self._largest + largest < 2.0**_RANGE_BITS
+    def add_group(self, update: Tensor, weight: int) -> bool:
+        """Add what several clients of the weight `weight` together came to.
 
-    def add_piece(self, columns: slice, values: NDArray[np.float32], weight: int) -> None:
-        """Add some columns of a client that goes to bin 0, on CPU; `count` it once all its columns are here."""
-        reference, sums, scale = self._reference_array, self._sums_array, weight * 2.0**self._exponent
-        for start in range(0, len(values), _BLOCK):  # each operand crosses the memory bus once
-            block = values[start : start + _BLOCK]
-            count, begin = len(block), columns.start + start
-            term, into = self._scratch[:count], sums[begin : begin + count]
+        Args:
+            update: (P,) float64, the sum of n_k * (w_k - w); used up.
+            weight: the sum of their n_k, at most the largest that this sum was made for.
+
+        Returns:
+            False if it does not fit or is not finite; then nothing was added.
+        """
+        if not _largest(update) < weight * 2.0**_RANGE_BITS:
+            return weight == 0 and not bool(update.any())
+        self._put(0, update.mul_(2.0**self._exponent).add_(_MAGIC))
+        return True
+
+    def _add_in_blocks(self, vector: NDArray[np.float32], reference: NDArray[np.float64], weight: int) -> None:
+        """Add a client of bin 0, on CPU; each operand crosses the memory bus once."""
+        sums, scale = self._open(0).numpy(), weight * 2.0**self._exponent
+        for start in range(0, len(vector), _BLOCK):
+            block = vector[start : start + _BLOCK]
+            count = len(block)
+            term, total = self._scratch[:count], sums[start : start + count]
             np.copyto(term, block)
-            np.subtract(term, reference[begin : begin + count], term)
+            np.subtract(term, reference[start : start + count], term)
             np.multiply(term, scale, term)
             np.add(term, _MAGIC, term)
-            np.add(into, self._scratch_bits[:count], into)
-
-    def count(self, num_clients: int) -> None:
-        """So many clients have been added by pieces."""
-        self._open(0)
-        self._terms[0] += num_clients
-
-    def bin_of(self, vector: Tensor) -> int | None:
-        """What `add` would return, without adding."""
-        self._subtract(vector)
-        return _bin_of(self._term)
-
-    def _subtract(self, vector: Tensor) -> None:
-        """Make the term w_k - w, which is 0 where both are the same bits, also where these are not finite."""
-        self._term.copy_(vector).sub_(self._reference)
-        if not math.isfinite(self._largest):
-            self._term.masked_fill_(vector.view(torch.int32) == self._start.view(torch.int32), 0)
+            np.add(total, self._scratch_bits[:count], total)
+        self._terms[0] += 1
 
     @property
     def num_bins(self) -> int:
@@ -171,24 +196,20 @@ class ExactSum:
 
     def mean(self) -> Tensor:
         """(P,) float64: the weighted mean update; zeros when the total weight is 0."""
-        total = torch.zeros(self._start.shape, dtype=torch.float64, device=self._start.device)
+        return self.total().div_(max(self._weight_total, 1))
+
+    def total(self) -> Tensor:
+        """(P,) float64: the sum of n_k * (w_k - w)."""
+        total = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
         for bin_idx in sorted(self._bins):
             total.add_(self._settled(bin_idx).to(torch.float64).mul_(2.0 ** (_BIN_BITS * bin_idx - self._exponent)))
-        return total.div_(max(self._weight_total, 1))
+        return total
 
     # What the first client of a round needs; a rank without clients spends nothing on it.
 
     @functools.cached_property
-    def _reference(self) -> Tensor:
-        return self._start.to(torch.float64)
-
-    @functools.cached_property
     def _term(self) -> Tensor:
-        return torch.empty_like(self._reference)
-
-    @functools.cached_property
-    def _largest(self) -> float:
-        return _largest(self._start)
+        return torch.empty(self._shape, dtype=torch.float64, device=self._device)
 
     @functools.cached_property
     def _scratch(self) -> NDArray[np.float64]:
@@ -198,21 +219,13 @@ class ExactSum:
     def _scratch_bits(self) -> NDArray[np.int64]:
         return self._scratch.view(np.int64)
 
-    @functools.cached_property
-    def _reference_array(self) -> NDArray[np.float64]:
-        return self._reference.numpy()
-
-    @functools.cached_property
-    def _sums_array(self) -> NDArray[np.int64]:
-        return self._open(0).numpy()
-
     def _put(self, bin_idx: int, shifted: Tensor) -> None:
         """Add integers that come as float64 with _MAGIC on top."""
         self._open(bin_idx).add_(shifted.view(torch.int64))
         self._terms[bin_idx] += 1
 
     def _on_host(self, bin_idx: int) -> Tensor:
-        if self._start.device.type == "cpu":
+        if self._device.type == "cpu":
             return self._settled(bin_idx)
         if bin_idx not in self._copies:
             values = self._settled(bin_idx)
@@ -228,7 +241,7 @@ class ExactSum:
 
     def _open(self, bin_idx: int) -> Tensor:
         if bin_idx not in self._bins:
-            self._bins[bin_idx] = torch.zeros(self._start.shape, dtype=torch.int64, device=self._start.device)
+            self._bins[bin_idx] = torch.zeros(self._shape, dtype=torch.int64, device=self._device)
             self._terms[bin_idx] = 0
         return self._bins[bin_idx]
 

@@ -17,9 +17,13 @@ class Stream(IntEnum):
     BATCHES = 2  # order of a client's samples
     CLIENT = 3  # whatever else a client's training draws (dropout, a user's own code)
     EVALUATION = 4  # what a user's model draws while it is evaluated; by chunk of the test set
+    PURPOSE = 5  # what an author names, for a client
+    SERVER = 6  # what an author names, for the server
 
 
-def derive_seed(seed: int, stream: Stream, round_idx: int = 0, client_id: int = 0) -> int:
+def derive_seed(
+    seed: int, stream: Stream, round_idx: int = 0, client_id: int = 0, exchange_idx: int = 0, purpose: str = ""
+) -> int:
     """A 63-bit seed for one purpose.
 
     Args:
@@ -27,8 +31,11 @@ def derive_seed(seed: int, stream: Stream, round_idx: int = 0, client_id: int = 
         stream: the purpose.
         round_idx: the round, 0 where there is none.
         client_id: the client, 0 where there is none.
+        exchange_idx: the exchange of the round; the first leaves the seed as it is without.
+        purpose: an author's word for it.
     """
     text = f"{seed},{int(stream)},{round_idx},{client_id}"
+    text += f",{exchange_idx}" * (exchange_idx > 0) + f";{purpose}" * bool(purpose)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 

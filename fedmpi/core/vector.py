@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.core.model_checks import bytes_of, check_model, check_state, is_entry, named_tensors
+from fedmpi.core.segments import Extra, Layout
 from fedmpi.core.views import remember_views
 from fedmpi.errors import ModelError
 
@@ -68,8 +69,20 @@ class SerializationTool:
                     tensor.add_(value, alpha=1 if mode == "add" else -1)
 
 
-def flatten(model: nn.Module) -> Tensor:
-    """Make the model's trainable parameters and float buffers views into one (P,) float32 vector; returns it.
+def layout_of(model: nn.Module, extra: Extra | None = None) -> Layout:
+    """Return the layout of a model's flat vector.
+
+    Raises:
+        ConfigError: a segment of `extra` cannot be.
+    """
+    num_entries = sum(tensor.numel() for _, tensor in _entries(model))
+    return Layout(num_trainable(model), num_entries - num_trainable(model), extra)
+
+
+def flatten(model: nn.Module, layout: Layout | None = None) -> Tensor:
+    """Make the model's trainable parameters and float buffers views into one float32 vector; return it.
+
+    It is (P,), or (V,) with `layout`, zero outside the model's range.
 
     The parameters stay the same objects, so an optimizer made before still holds them. Flattening twice is harmless.
 
@@ -86,12 +99,17 @@ def flatten(model: nn.Module) -> Tensor:
     if num_trainable(model) == 0:
         raise ModelError("the model has no trainable parameter (requires_grad=True)")
     vector = SerializationTool.serialize_model(model)
+    flat = vector
+    if layout is not None and layout.size != len(vector):
+        flat = vector.new_zeros(layout.size)
+        flat[layout.vector] = vector
+        vector = flat[layout.vector]
     offset = 0
     for _, tensor in entries:
         tensor.data = vector[offset : offset + tensor.numel()].view(tensor.shape)
         offset += tensor.numel()
     remember_views(model, vector)
-    return vector
+    return flat
 
 
 def num_trainable(model: nn.Module) -> int:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from fedmpi.core.model_checks import describe_error
 from fedmpi.errors import ConfigError, FedmpiError, ModelError
+from fedmpi.imports import import_name
 from fedmpi.models.cnn import cnn, cnn_fedlab
 from fedmpi.models.mlp import logistic, two_nn
 
@@ -89,43 +85,11 @@ def model_function(name: str) -> ModelFunction:
     check_model_name(name)
     if name in MODELS:
         return MODELS[name]
-    module_name, _, function_name = name.rpartition(":")
-    if module_name.startswith(".") and not module_name.endswith(".py"):
-        raise ConfigError(f"--model {name}: a file of your own ends in .py: {module_name}.py:{function_name}")
-    try:
-        module = _module_of(name, module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, something it imports is not: the traceback says it best
-        raise ConfigError(f"--model {name}: there is no module {module_name!r} here or in PYTHONPATH") from error
-    if not hasattr(module, function_name):
-        raise ConfigError(f"--model {name}: module {module_name!r} has no {function_name!r}")
-    function = getattr(module, function_name)
+    function_name = name.rpartition(":")[2]
+    function = import_name(f"--model {name}", name)
     if isinstance(function, nn.Module) or not callable(function):
         raise ConfigError(
             f"--model {name}: {function_name!r} is not a function (input_shape, num_classes) -> Module but a"
             f" {type(function).__name__}"
         )
     return function  # type: ignore[no-any-return]  # checked as far as can be
-
-
-def _module_of(name: str, module_name: str) -> ModuleType:
-    """The module, imported by its name or from its file."""
-    if not module_name.endswith(".py"):
-        if str(Path.cwd()) not in sys.path and "" not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(module_name)
-    path = Path(module_name).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(f"--model {name}: there is no file {path}")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # a .py file always has one
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # for what it imports itself
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedmpi.core.messages import RoundRecord
+from fedmpi.core.record import RoundRecord
 from fedmpi.errors import CheckpointError, FilesystemError
 from fedmpi.lifecycle.files import atomic_write, open_regular
 

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from pathlib import Path
 
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import RoundRecord
+from fedmpi.core.record import RoundRecord
+from fedmpi.core.server_loop import ServerHalf
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Progress:
         parts.append(f"ETA {_clock(left)}")
         logger.info("%s", "   ".join(parts))
 
-    def on_end(self, handler: SyncParameterServerHandler) -> None:
+    def on_end(self, handler: ServerHalf) -> None:
         """Nothing: `summary` is asked for once all ranks know that the run is over."""
 
     def summary(self, model_hash: str, run_dir: Path) -> str:

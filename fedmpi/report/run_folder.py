@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from fedmpi.config import SPLIT_OPTIONS, RunConfig
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import RoundRecord
+from fedmpi.core.record import RoundRecord
+from fedmpi.core.server_loop import ServerHalf
 from fedmpi.core.vector import model_state
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError, shown
 from fedmpi.lifecycle.checkpoint import Checkpoints
@@ -233,7 +233,7 @@ class RunFolder:
         with contextlib.suppress(FilesystemError):  # the job ends in any case
             self._write(STOPPED, f"{reason}\n".encode())
 
-    def on_end(self, handler: SyncParameterServerHandler) -> None:
+    def on_end(self, handler: ServerHalf) -> None:
         """Write model.pt, a plain state dict on CPU."""
         buffer = io.BytesIO()
         torch.save(model_state(handler.model), buffer)

@@ -6,11 +6,11 @@ import socket
 import numpy as np
 import pytest
 import torch
+from fedmpi.core.collection import bcast_order, collect
+from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
 
 from fedmpi import PackageProcessor
 from fedmpi.core import collection
-from fedmpi.core.collection import bcast_order, collect
-from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
 from fedmpi.errors import ConfigError, DisagreementError, TransferError
 from fedmpi.mpi import comm as comm_module
 from fedmpi.mpi import tree

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from fedmpi.core.trainer import ClientSGDTrainer
 
 from fedmpi.core.exactsum import ExactSum
-from fedmpi.core.trainer import ClientSGDTrainer
 from fedmpi.errors import ConfigError
 from fedmpi.machine import device
 from fedmpi.mpi.processes import note_node_rank

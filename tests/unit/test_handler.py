@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedmpi.core.aggregate import Aggregators
+from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedmpi.core.aggregate import Aggregators
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum
-from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
 from fedmpi.errors import ConfigError
 
 

@@ -6,10 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-
 from fedmpi.core.messages import (
     HEADER_SIZE,
     ClientUpdate,
@@ -19,6 +15,10 @@ from fedmpi.core.messages import (
     unpack_updates,
     update_dtype,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from fedmpi.errors import LaunchError
 
 int64 = st.integers(-(2**63), 2**63 - 1)

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fedmpi.core.handler import SyncParameterServerHandler
 from torch import nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
 from fedmpi.lifecycle import lock as lock_module
 from fedmpi.lifecycle.lock import FileLock

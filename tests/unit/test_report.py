@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fedmpi.core.handler import SyncParameterServerHandler
+from fedmpi.core.messages import RoundRecord
 from torch import nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError

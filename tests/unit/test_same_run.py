@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fedmpi.core.handler import SyncParameterServerHandler
 from torch import nn
 
 from fedmpi.config import RunConfig
-from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.data.datasets import DATASETS, load_dataset
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_pickle import Manifest, write_partition

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedmpi.core.trainer import Batches, ClientSGDTrainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
 from fedmpi.core.exactsum import ExactSum
-from fedmpi.core.trainer import Batches, ClientSGDTrainer
 from fedmpi.errors import ModelError
 
 TARGETS = [2.0, 3.0, 0.0]

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedmpi.core.messages import MessageCode, Order
+from fedmpi.core.visits import LeakCheck, Visits
 from torch import Tensor, nn
 
 from fedmpi import ClientSGDTrainer, ClientTrainer
 from fedmpi.core.evaluate import Evaluator
-from fedmpi.core.messages import MessageCode, Order
-from fedmpi.core.visits import LeakCheck, Visits
 from fedmpi.errors import ConfigError, ModelError
 from fedmpi.fedavg import FedAvgTrainer
 

@@ -9,8 +9,8 @@ import copy
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,21 +27,6 @@ from fedmpi.machine.device import own_gpu
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-class SingleSteps(Protocol):
-    """What M clients of one step each came to; all of it depends on the client alone.
-
-    Attributes:
-        losses: (M,) mean training losses.
-        largest: (M,) bounds on the absolute values of the trained vectors; NaN: not finite.
-    """
-
-    losses: list[float]
-    largest: list[float]
-
-    def pieces(self, clients: Sequence[int]) -> Iterator[tuple[int, slice, NDArray[np.float32]]]:
-        """For each of `clients` (in [0, M)): its place, columns of its vector, and their values, until the next."""
-
-
 class ClientTrainer(ABC):
     """Trains one client after the other on one model object.
 
@@ -54,19 +39,13 @@ class ClientTrainer(ABC):
         round_idx: the round at hand.
         loss: mean training loss of the last `train`; NaN when it did not say.
         seed: the run's seed, set by the manager before the first round.
-        engine_note: how SGD steps are taken, for the record.
         single_client: True if this rank holds one client of its own, client rank - 1, and can train no other.
-        stateless_model: True if the model's forward is known to keep nothing from one call to the next.
-        changed_attributes: names of the model's attributes that were seen to change in trial steps.
         own_fields: names of the attributes that fedmpi itself keeps right from client to client.
     """
 
     single_client = False
-    stateless_model = False
-    changed_attributes: Sequence[str] = ()
-    engine_note = "autograd"
     own_fields: ClassVar[frozenset[str]] = frozenset(
-        {"device", "model", "_vector", "client_id", "round_idx", "loss", "seed", "single_client", "engine_note"}
+        {"device", "model", "_vector", "client_id", "round_idx", "loss", "seed", "single_client"}
     )
 
     def __init__(self, model: nn.Module, cuda: bool | str | torch.device = False) -> None:
@@ -98,14 +77,6 @@ class ClientTrainer(ABC):
         self.round_idx, self.client_id, self.loss = round_idx, client_id, math.nan
         seed_everything(derive_seed(self.seed, Stream.CLIENT, round_idx, client_id))
         self.model.train()
-
-    def takes_one_step(self, client_id: int) -> bool:
-        """Whether `single_steps` can do what `train` would, for this client."""
-        return False
-
-    def single_steps(self, client_ids: Sequence[int], model_parameters: Tensor) -> SingleSteps:
-        """Train clients of one step together, each from `model_parameters` (P,); the model at hand is left alone."""
-        raise NotImplementedError("takes_one_step says that there is none")
 
     @abstractmethod
     def num_samples(self, client_ids: NDArray[np.int64]) -> NDArray[np.int64]:

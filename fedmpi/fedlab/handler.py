@@ -5,10 +5,8 @@ Shapes: P vector entries, K cohort, N clients.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedmpi.core.cohort import checked_cohort
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum, integer_weights
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.vector import flatten, integer_state, load_integer_state
-from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.errors import ConfigError
 
 
 class ParameterServerBackendHandler(ABC):
@@ -129,16 +128,7 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         """
         if self.weights is self._counts:
             self.weights = np.empty(0, np.int64)  # those of the round before
-        ids = np.asarray(self.sample_clients())
-        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
-            raise ConfigError(f"sample_clients must return client ids, got {ids.dtype} of shape {ids.shape}")
-        ids = ids.astype(np.int64)
-        order = np.argsort(ids)
-        cohort = ids[order]
-        if len(ids) and not 0 <= cohort[0] <= cohort[-1] < self.num_clients:
-            raise ConfigError(f"client ids must be in [0, {self.num_clients}), got {cohort[0]} to {cohort[-1]}")
-        if (twice := cohort[1:][cohort[1:] == cohort[:-1]]).size:
-            raise ConfigError(f"client {twice[0]} is twice in the cohort: give it twice the weight instead")
+        cohort, order = checked_cohort(np.asarray(self.sample_clients()), self.num_clients)
         weights: Any = self.weights
         if isinstance(weights, Tensor):
             weights = weights.detach().cpu().numpy()
@@ -147,9 +137,9 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         untouched = weights is self._counts and np.array_equal(weights, self.client_sizes[self.cohort])
         by_default = untouched or not len(weights)
         if by_default:
-            weights = self.client_sizes[ids]
-        if len(weights) != len(ids):
-            raise ConfigError(f"weights must be one number for each of {len(ids)} clients, got {len(weights)}")
+            weights = self.client_sizes[cohort][np.argsort(order)]
+        if len(weights) != len(cohort):
+            raise ConfigError(f"weights must be one number for each of {len(cohort)} clients, got {len(weights)}")
         travel = integer_weights(weights)[order]
         self.cohort, self.weights = cohort, np.asarray(weights)[order]
         if by_default:
@@ -212,34 +202,6 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         if cls.aggregate is not SyncParameterServerHandler.aggregate:
             return "blocks"
         return "sum"
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the server half. A handler with more state adds it to this dict.
-
-        Plain values, tensors and arrays, in dicts with text keys and in lists; nothing is copied here.
-        """
-        return {
-            "round_idx": self.round_idx,
-            "vector": self._vector,
-            "integers": self.integer_state(),
-            "metrics": dataclasses.astuple(self.metrics) if self.metrics else None,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; tensors come back as arrays.
-
-        Raises:
-            CheckpointError: it is of another model.
-        """
-        vector = torch.from_numpy(state["vector"])
-        if vector.shape != self._vector.shape or len(state["integers"]) != len(self.integer_state()):
-            raise CheckpointError(
-                f"the checkpoint holds {len(vector):,} vector entries, this model has {len(self._vector):,}"
-            )
-        self.round_idx = int(state["round_idx"])
-        self._vector.copy_(vector)
-        load_integer_state(self.model, state["integers"])
-        self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
 
     def integer_state(self) -> NDArray[np.int64]:
         """(B,) the global model's integer buffers."""

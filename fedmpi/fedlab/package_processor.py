@@ -1,7 +1,4 @@
-"""FedLab's names in one place: its example runs with `from fedmpi import ...` or `from fedmpi.fedlab import ...`.
-
-Most are the objects that fedmpi itself uses; where FedLab spells a name otherwise, both spellings are there.
-"""
+"""FedLab's `PackageProcessor`: a rank's end of the communicator, with the functions of `fedmpi.mpi` as methods."""
 
 from __future__ import annotations
 
@@ -11,44 +8,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi import (
-    Aggregators,
-    ClientPassiveManager,
-    ClientSGDTrainer,
-    ClientTrainer,
-    MessageCode,
-    NetworkManager,
-    ParameterServerBackendHandler,
-    SerializationTool,
-    ServerManager,
-    SyncParameterServerHandler,
-    load_dict,
-    noniid_slicing,
-    random_slicing,
-    save_dict,
-)
 from fedmpi.errors import FedmpiError
 from fedmpi.mpi import setup, tree
 from fedmpi.mpi.buffers import Form
 from fedmpi.mpi.comm import Comm
-
-__all__ = [
-    "Aggregators",
-    "ClientPassiveManager",
-    "ClientSGDTrainer",
-    "ClientTrainer",
-    "MessageCode",
-    "NetworkManager",
-    "PackageProcessor",
-    "ParameterServerBackendHandler",
-    "SerializationTool",
-    "ServerManager",
-    "SyncParameterServerHandler",
-    "load_dict",
-    "noniid_slicing",
-    "random_slicing",
-    "save_dict",
-]
 
 T = TypeVar("T")
 

@@ -1,72 +1,84 @@
-"""A client's visit to a trainer: nothing of the clients before it is left, as far as attributes show.
+"""Visits by a `ClientTrainer`: nothing of the clients before it is left, as far as attributes show.
 
-Shapes: P vector entries, B integer state entries of the model.
+Shapes: P vector entries, B integer buffer entries of the model.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmpi.core.attributes import Attributes
-from fedmpi.core.messages import Order
-from fedmpi.core.seeding import Stream, derive_seed, seed_everything
-from fedmpi.core.trainer import ClientTrainer
-from fedmpi.core.vector import load_integer_state
-from fedmpi.core.views import check_views
+from fedmpi.core.isolation import Isolation
+from fedmpi.core.order import IntArray, Order
+from fedmpi.core.seeding import Stream, derive_seed
+from fedmpi.core.vector import layout_of, load_integer_state
+from fedmpi.core.worker import Visit
 from fedmpi.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-
-def put_back_note(names: Sequence[str]) -> str:
-    """The sentence that tells a user which attributes of his model do not last."""
-    return f"model: training changes {', '.join(map(repr, names))}, put back before each client (a buffer would travel)"
+from fedmpi.fedlab.trainer import ClientTrainer
 
 
-class Visits:
-    """Trains and evaluates on one model object as if it were new each time.
+class TrainerVisitor:
+    """Visits clients with a trainer's `begin_client` and `train`; see `core.worker.Visitor`."""
 
-    Attributes:
-        trainer: whose visits these are.
-    """
-
-    def __init__(self, trainer: ClientTrainer) -> None:
-        """Remember the model's attributes as they are before the first visit."""
-        self.trainer = trainer
-        self._attributes = None if trainer.stateless_model else Attributes(trainer.model)
+    def __init__(self, trainer: ClientTrainer, leak_check: bool = True) -> None:
+        """Over a trainer; with `leak_check` what it keeps is tried for whether it reaches other clients."""
+        self.trainer, self.model, self.layout = trainer, trainer.model, layout_of(trainer.model)
+        self.back = trainer.model_parameters.detach()
+        self.isolation = Isolation(trainer.model, trainer.model_parameters, stateless=False)
         self._base = next(cls for cls in type(trainer).__mro__ if cls.__module__.startswith("fedmpi."))
-        self._told = set(trainer.changed_attributes)
         self._takes_epochs = "epochs" in inspect.signature(trainer.train).parameters
+        self._leak_check = LeakCheck(self) if leak_check and not trainer.single_client else None
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, which is the trainer's."""
+        return self.trainer.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.trainer.seed = seed
+
+    def each_has_a_rank(self) -> None:
+        """Each client has a rank of its own, so nothing can reach another."""
+        self._leak_check = None
+
+    def visit(self, order: Order, client_id: int, sent: Tensor, may_defer: bool) -> Visit:
+        """Train a client."""
+        (num_samples,) = self.trainer.num_samples(np.array([client_id])).tolist()
+        self.train(order.round_idx, client_id, sent, order.integers)
+        return Visit(num_samples, self.trainer.loss)
+
+    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float]]:
+        """Never called: no visit is deferred."""
+        raise AssertionError("a trainer's step is not put off")
+
+    def end_order(self, order: Order, sent: Sequence[Tensor]) -> None:
+        """Try what the trainer keeps, after its first visits."""
+        if self._leak_check is not None and len(order.cohort):
+            self._leak_check.after_visit(order, sent[0])
 
     def train(
-        self, round_idx: int, client_id: int, vector: Tensor, state: NDArray[np.int64], epochs: int | None = None
-    ) -> Tensor:
-        """Train one client.
+        self, round_idx: int, client_id: int, vector: Tensor, integers: IntArray, epochs: int | None = None
+    ) -> None:
+        """Train one client; the result is in the trainer's `model_parameters`.
 
         Args:
             round_idx: the round.
             client_id: the client.
             vector: (P,) float32, what the server sent.
-            state: (B,) the model's integer buffers, from the server.
+            integers: (B,) the model's integer buffers, from the server.
             epochs: passes over its data; None: the trainer's own number.
-
-        Returns:
-            (P,) the trained vector, the trainer's own memory.
 
         Raises:
             ModelError: the forward has replaced a tensor of the model.
         """
         trainer = self.trainer
-        if self._attributes is not None:
-            self._tell(self._attributes.changed())
-            self._attributes.put_back(derive_seed(trainer.seed, Stream.CLIENT, round_idx, client_id))
+        self.isolation.begin(derive_seed(trainer.seed, Stream.CLIENT, round_idx, client_id))
         if self._base is not type(trainer):  # a user's own class, which may leave out what ours does
             self._base.begin_client(trainer, round_idx, client_id)  # type: ignore[attr-defined]  # a ClientTrainer
             trainer.model_parameters.copy_(vector)
@@ -74,53 +86,19 @@ class Visits:
             for param in trainer.model.parameters():
                 param.grad = None
         trainer.begin_client(round_idx, client_id)
-        if len(state):
-            load_integer_state(trainer.model, state)
+        if len(integers):
+            load_integer_state(trainer.model, integers)
         if epochs is not None and self._takes_epochs:
             trainer.train(vector, epochs=epochs)
         else:
             trainer.train(vector)
-        if not trainer.stateless_model:
-            check_views(trainer.model, trainer.model_parameters)
-        return trainer.model_parameters.detach()
-
-    def _tell(self, names: list[str]) -> None:
-        new = [name for name in names if name not in self._told]
-        if new:
-            logger.warning("%s", put_back_note(new))
-            self._told.update(new)
-
-    def renewal(self, round_idx: int, vector: Tensor, state: NDArray[np.int64]) -> Callable[[int], None] | None:
-        """Load a model to be evaluated; what makes it new again before each chunk of the test set, if need be.
-
-        Args:
-            round_idx: the round.
-            vector: (P,) float32, the model.
-            state: (B,) its integer buffers.
-        """
-        trainer, attributes = self.trainer, self._attributes
-
-        def load() -> None:
-            trainer.model_parameters.copy_(vector)
-            load_integer_state(trainer.model, state)
-
-        load()
-        if attributes is None:
-            return None
-
-        def renew(chunk: int) -> None:
-            seed = derive_seed(trainer.seed, Stream.EVALUATION, round_idx, chunk)
-            attributes.put_back(seed)
-            seed_everything(seed)
-            load()
-
-        return renew
+        self.isolation.check()
 
 
 class LeakCheck:
     """A trial of a trainer that keeps something in its attributes: does it reach the next client?"""
 
-    def __init__(self, visits: Visits) -> None:
+    def __init__(self, visits: TrainerVisitor) -> None:
         """Remember the trainer's own attributes as they are before the first visit."""
         self._visits = visits
         self._before = self._attributes()
@@ -153,8 +131,8 @@ class LeakCheck:
         elsewhere = vector * 1.01 + 0.01
 
         def train(client_id: int, start: Tensor, later: int) -> Tensor:
-            visit = (order.round_idx + later, client_id, start, order.integer_state)
-            return self._visits.train(*visit, epochs=1).clone()
+            self._visits.train(order.round_idx + later, client_id, start, order.integers, epochs=1)
+            return trainer.model_parameters.detach().clone()
 
         self._before.put_back()
         first = train(small, vector, 0)

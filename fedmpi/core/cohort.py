@@ -1,0 +1,45 @@
+"""The clients of an exchange, and their weights, as a server's author gives them.
+
+Shapes: K clients in the cohort.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fedmpi.core.order import IntArray
+from fedmpi.errors import ConfigError
+
+
+def checked_cohort(cohort: ArrayLike, num_clients: int) -> tuple[IntArray, IntArray]:
+    """Return (K,) ascending client ids, and (K,) the places in `cohort` that they come from.
+
+    Raises:
+        ConfigError: they are no clients, or one of them comes twice.
+    """
+    ids = np.asarray(cohort)
+    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
+        raise ConfigError(f"a cohort is client ids in one row, got {ids.dtype} of shape {ids.shape}")
+    ids = ids.astype(np.int64)
+    order = np.argsort(ids, kind="stable")
+    ascending = ids[order]
+    if len(ids) and not 0 <= ascending[0] <= ascending[-1] < num_clients:
+        raise ConfigError(f"client ids must be in [0, {num_clients}), got {ascending[0]} to {ascending[-1]}")
+    if (twice := ascending[1:][ascending[1:] == ascending[:-1]]).size:
+        raise ConfigError(f"client {twice[0]} is twice in the cohort: give it twice the weight instead")
+    return ascending, order
+
+
+def weight_unit(given: Any, integers: IntArray) -> float:
+    """Return what 1 of the integer weights is worth in the author's units.
+
+    Args:
+        given: (K,) weights as they were given, in any order.
+        integers: (K,) what `exactsum.integer_weights` made of them.
+    """
+    largest = float(np.max(np.asarray(given, np.float64), initial=0.0))
+    most = int(integers.max(initial=0))
+    return 1.0 if largest == most or not most else largest / most

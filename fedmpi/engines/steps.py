@@ -1,0 +1,132 @@
+"""SGD steps of one client: settings and counts that all engines share, and the cut of an epoch into batches.
+
+Shapes: T trainable entries, at the front of the model's vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmpi.lifecycle import progress
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps taken since `begin`.
+
+    Attributes:
+        count: number of steps.
+        scale: sum of the coefficients with which gradients entered: w_end - w_start = -lr scale g for a constant
+            gradient g, weight decay left out. None: the steps are not linear in the gradients. Source: a_k of Wang et
+            al., "Tackling the objective inconsistency problem", arXiv 2007.07481, table 1.
+    """
+
+    count: int
+    scale: float | None
+
+
+def batch_slices(n: int, batch_size: int, smallest: int = 1) -> list[slice]:
+    """Return the batches of an epoch over `n` samples.
+
+    Args:
+        n: samples, >= 0.
+        batch_size: samples per batch, >= 1; the last batch has the rest.
+        smallest: a last batch of fewer samples joins the one before it.
+    """
+    starts = list(range(0, n, batch_size))
+    if len(starts) > 1 and n - starts[-1] < smallest:
+        starts.pop()
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, n])]
+
+
+class SgdEngine:
+    """w <- w - lr v with v <- momentum v + g + prox w + constant + weight_decay w: base of the engines."""
+
+    def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
+        """Over the trainable parameters of `model`.
+
+        Args:
+            model: the flattened module.
+            lr: step size, unless `begin` gives another.
+            momentum: in [0, 1).
+            weight_decay: >= 0.
+        """
+        self._params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
+        self._starts = np.cumsum([0, *(param.numel() for param in self._params)]).tolist()
+        self._own_lr, self._momentum, self._weight_decay = lr, momentum, weight_decay
+        self._velocity: dict[int, Tensor] = {}
+        self.begin()
+
+    def begin(
+        self,
+        *,
+        lr: float | None = None,
+        prox: float = 0.0,
+        constant: Tensor | None = None,
+        only: Sequence[slice] | None = None,
+    ) -> None:
+        """Make the next step a client's first, without momentum.
+
+        A parameter that the loss does not use is left alone, unless prox or constant moves it.
+
+        Args:
+            lr: step size; None: the engine's own.
+            prox: factor of w in the gradient.
+            constant: (T,), added to the gradient.
+            only: parts of the (T,) entries that move, the others keep their bits; None: all move.
+        """
+        self._lr = self._own_lr if lr is None else lr
+        self._prox, self._pull = prox, prox + self._weight_decay
+        self._constant = constant
+        self._explicit = constant is not None or prox != 0  # the gradient has more terms than a plain step's
+        self._moving, self._still = _select(self._params, self._starts, only)
+        self._count, self._scale, self._unit_velocity = 0, 0.0, 0.0
+        self._forget_momentum()
+
+    def steps(self) -> Steps:
+        """Return the steps since `begin`."""
+        return Steps(self._count, self._scale)
+
+    def _terms(self, weight: Tensor, start: int) -> Tensor:
+        """Return (prox + weight_decay) w + constant, a new tensor, for a block of weights at place `start`."""
+        if self._constant is None:
+            return weight * self._pull
+        part = self._constant[start : start + weight.numel()].view(weight.shape)
+        return torch.add(part, weight, alpha=self._pull)
+
+    def _forget_momentum(self) -> None:
+        self._velocity.clear()
+
+    def _take(self, step: Callable[[], Tensor]) -> Tensor:
+        """Run one step, count it, and keep entries still of parameters that move in part."""
+        kept = [(entries, idx, entries[idx]) for entries, idx in self._still]
+        result = step()
+        for entries, idx, values in kept:
+            entries[idx] = values
+        self._count += 1
+        # the step itself with a gradient of 1, in units of -lr
+        self._unit_velocity = self._momentum * self._unit_velocity + 1 - self._lr * self._prox * self._scale
+        self._scale += self._unit_velocity
+        progress.beat()
+        return result
+
+
+def _select(
+    params: list[Tensor], starts: list[int], only: Sequence[slice] | None
+) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
+    """Return the indices of the parameters that move, and the still entries, as (flat view, indices), of those."""
+    if only is None:
+        return list(range(len(params))), []
+    moves = np.zeros(starts[-1], np.bool_)
+    for part in only:
+        moves[part] = True
+    masks = np.split(moves, starts[1:-1])
+    moving = [i for i, mask in enumerate(masks) if mask.any()]
+    partial = [(params[i].data.view(-1), np.flatnonzero(~masks[i])) for i in moving if not masks[i].all()]
+    return moving, [(entries, torch.from_numpy(still).to(entries.device)) for entries, still in partial]

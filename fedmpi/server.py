@@ -1,0 +1,375 @@
+"""The server's half of an algorithm: what an author sees in a round, and the state that a checkpoint keeps.
+
+Shapes: V entries of a flat vector, K clients in the cohort, N clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from fedmpi.client import refuse_changes, visits_of
+from fedmpi.config import RunConfig
+from fedmpi.core.attributes import Attributes
+from fedmpi.core.cohort import checked_cohort, weight_unit
+from fedmpi.core.columns import apply_rule, whole_rows
+from fedmpi.core.coordinator import Coordinator
+from fedmpi.core.evaluate import Metrics
+from fedmpi.core.exactsum import integer_weights
+from fedmpi.core.exchange import Arrived
+from fedmpi.core.order import ClientUpdate, Collect, IntArray
+from fedmpi.core.seeding import Stream, derive_seed
+from fedmpi.core.segments import Layout, Segments
+from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_state
+from fedmpi.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from fedmpi.algorithm import Algorithm
+    from fedmpi.client import Client
+
+Visitation = Callable[["Client"], None]
+"""A bound method of the algorithm that takes a client."""
+
+Weights = ArrayLike | Mapping[str, ArrayLike] | None
+"""(K,) numbers >= 0 in the order of the cohort, or such by segment; None: the sample counts."""
+
+
+class Result(Segments):
+    """What has come of an exchange, by segment.
+
+    Attributes:
+        reported: weighted means of what visits reported, by name.
+    """
+
+    __slots__ = ("reported",)
+
+    def __init__(self, flat: Tensor, layout: Layout, reported: Mapping[str, float]) -> None:
+        """See `Segments`."""
+        super().__init__(flat, layout)
+        self.reported = reported
+
+
+class ServerState(dict[str, Any]):
+    """What the server keeps from round to round, by name: tensors, numbers, text, and lists and dicts of these.
+
+    It is in every checkpoint, and comes back from it.
+    """
+
+
+class Server:
+    """The server in one round.
+
+    Attributes:
+        model: the global model, and the segments that go with it; writing to it changes it.
+        state: kept from round to round.
+        round_idx: the round, from 0.
+        num_clients: N.
+        client_sizes: (N,) sample counts.
+    """
+
+    def __init__(self, half: AlgorithmServer, coordinator: Coordinator) -> None:
+        """Over the server's half of an algorithm."""
+        self._half, self._coordinator, self._samples = half, coordinator, 0
+        self.model = Segments(half.flat, half.layout)
+        self.state = half.state
+        self.round_idx = half.round_idx
+        self.client_sizes = coordinator.client_sizes
+        self.num_clients = len(self.client_sizes)
+
+    def sample(self, count: int) -> IntArray:
+        """(count,) distinct client ids, ascending; uniform, and the same for a (seed, round) whatever else differs.
+
+        Raises:
+            ConfigError: there are fewer clients.
+        """
+        if not 0 <= count <= self.num_clients:
+            raise ConfigError(f"a cohort has 0 to {self.num_clients} clients, got {count}")
+        again = f"sample {self._samples}" if self._samples else ""
+        self._samples += 1
+        rng = np.random.default_rng(self._seed(Stream.COHORT, again))
+        return np.sort(rng.choice(self.num_clients, count, replace=False, shuffle=False))
+
+    def mean(
+        self,
+        cohort: ArrayLike,
+        visit: Visitation,
+        weights: Weights = None,
+        *,
+        buckets: ArrayLike | None = None,
+        send: Segments | Sequence[Segments] | None = None,
+        send_idx: ArrayLike | None = None,
+    ) -> Any:
+        """Collective through the trainers. Visit clients; return the exact weighted mean of `back - sent`, in float64.
+
+        Args:
+            cohort: (K,) distinct client ids; K may be 0.
+            visit: a method of the algorithm.
+            weights: see `Weights`.
+            buckets: (K,) integers >= 0: one mean per bucket, as a list.
+            send: what goes down; None: `model`.
+            send_idx: (K,) which of several `send` a client gets.
+
+        Raises:
+            ConfigError: the cohort, its weights or the visit cannot be.
+            DivergedError: a client sent back something that is not finite.
+        """
+        return self._sums(cohort, visit, weights, buckets, send, send_idx, total=False)
+
+    def total(
+        self,
+        cohort: ArrayLike,
+        visit: Visitation,
+        weights: Weights = None,
+        *,
+        buckets: ArrayLike | None = None,
+        send: Segments | Sequence[Segments] | None = None,
+        send_idx: ArrayLike | None = None,
+    ) -> Any:
+        """Return the weighted sum of `back - sent` in the units of `weights`; else as `mean`."""
+        return self._sums(cohort, visit, weights, buckets, send, send_idx, total=True)
+
+    def columns(self, cohort: ArrayLike, visit: Visitation, rule: Callable[[Tensor, Tensor], Tensor]) -> Result:
+        """Visit clients; return what a rule makes of their values, column by column, in bounded memory.
+
+        Args:
+            cohort: (K,) distinct client ids.
+            visit: a method of the algorithm.
+            rule: (K, B) float32 values in ascending order of client ids, (B,) values that were sent -> (B,) values.
+                Float buffers get their weighted mean instead.
+        """
+        ids, weights, _ = self._cohort(cohort, None, None)
+        arrived = self._train(ids, weights, visit, Collect.ROWS)
+        flat = apply_rule(arrived.blocks, self._half.layout, self._half.flat, rule, "a rule of columns")
+        result = Result(flat, self._half.layout, self._reported(arrived.updates, ids, weights[0]))
+        assert arrived.sums is not None
+        result.b.copy_(self.model.b.to(torch.float64) + arrived.sums.mean(0).b)
+        return self._decoded(result)
+
+    def rows(self, cohort: ArrayLike, visit: Visitation) -> Mapping[int, Segments]:
+        """Visit clients; return all that each sends back, by client id: K x V entries at once."""
+        ids, weights, _ = self._cohort(cohort, None, None)
+        arrived = self._train(ids, weights, visit, Collect.ROWS)
+        values = whole_rows(arrived.blocks, self._half.layout, len(ids))
+        self._reported(arrived.updates, ids, weights[0])
+        return {
+            client_id: Segments(row, self._half.layout) for client_id, row in zip(ids.tolist(), values, strict=True)
+        }
+
+    def ask(self, clients: ArrayLike, visit: Visitation) -> Mapping[int, Mapping[str, float]]:
+        """Visit clients; return only the numbers that the visits reported, by client id."""
+        ids, rows, _ = self._cohort(clients, None, None)
+        arrived = self._train(ids, rows, visit, Collect.NUMBERS)
+        self._reported(arrived.updates, ids, rows[0])
+        return {update.client_id: dict(update.reported) for update in arrived.updates}
+
+    def step(self, segment: str, update: Tensor, lr: float = 1.0) -> None:
+        """Write segment <- segment + lr x update, in float64, rounded once."""
+        if bool(update.any()):  # an update of an empty cohort changes no bit, not even that of a zero
+            values = self.model[segment]
+            values.copy_(values.to(torch.float64).add_(update, alpha=lr))
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """Return random numbers of this round and exchange, for one purpose."""
+        return np.random.default_rng(self._seed(Stream.SERVER, purpose))
+
+    def _seed(self, stream: Stream, purpose: str) -> int:
+        exchange_idx = self._coordinator.exchange_idx
+        return derive_seed(self._half.seed, stream, self.round_idx, 0, exchange_idx, purpose)
+
+    def _cohort(
+        self, cohort: ArrayLike, weights: Weights, buckets: ArrayLike | None
+    ) -> tuple[IntArray, IntArray, IntArray | None]:
+        """Return ascending ids, (R, K) integer weights, and buckets in that order."""
+        ids, order = checked_cohort(cohort, self.num_clients)
+        sizes = self.client_sizes[ids]
+        if isinstance(weights, Mapping):
+            names = [segment.name for segment in self._half.layout.sent_up()]
+            if unknown := set(weights) - set(names):
+                raise ConfigError(f"weights by segment name {', '.join(names)}, got {', '.join(sorted(unknown))}")
+            rows = [self._weights(weights[name], order) if name in weights else sizes for name in names]
+        else:
+            rows = [sizes if weights is None else self._weights(weights, order)]
+        return ids, np.stack([integer_weights(row) for row in rows]), _aligned(buckets, order, "buckets")
+
+    def _weights(self, weights: ArrayLike, order: IntArray) -> NDArray[Any]:
+        given = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights)
+        if given.shape != order.shape:
+            raise ConfigError(f"weights must be one number for each of {len(order)} clients, got shape {given.shape}")
+        return np.asarray(given[order])
+
+    def _train(
+        self, ids: IntArray, rows: IntArray, visit: Visitation, collect: Collect, vectors: Sequence[Tensor] = (),
+        **options: Any,
+    ) -> Arrived:  # fmt: skip
+        half = self._half
+        arrived = self._coordinator.train(
+            self.round_idx, ids, rows, vectors or [half.flat], half.integer_state(),
+            visit_idx=self._visit_idx(visit), collect=collect, **options,
+        )  # fmt: skip
+        if len(arrived.integers) and arrived.updates:
+            load_integer_state(half.model, arrived.integers)
+        return arrived
+
+    def _visit_idx(self, visit: Visitation) -> int:
+        algorithm, names = self._half.algorithm, visits_of(type(self._half.algorithm))
+        if inspect.ismethod(visit) and visit.__self__ is algorithm and visit.__name__ in names:
+            if getattr(type(algorithm), visit.__name__, None) is visit.__func__:
+                return names.index(visit.__name__)
+        raise ConfigError(
+            f"a visit must be a method of {type(algorithm).__name__}, e.g. self.client_update, since it is called by its"
+            f" name on other ranks; got {getattr(visit, '__name__', type(visit).__name__)!r}"
+        )
+
+    def _sums(
+        self, cohort: ArrayLike, visit: Visitation, weights: Weights, buckets: ArrayLike | None,
+        send: Segments | Sequence[Segments] | None, send_idx: ArrayLike | None, total: bool,
+    ) -> Any:  # fmt: skip
+        ids, rows, of_bucket = self._cohort(cohort, weights, buckets)
+        several = [] if send is None else [send] if isinstance(send, Segments) else list(send)
+        chosen = _aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
+        count = max(1, len(several))
+        if (chosen is None and count > 1) or (
+            chosen is not None and len(chosen) and not 0 <= chosen.min() <= chosen.max() < count
+        ):
+            raise ConfigError(f"send_idx must be one number in [0, {count}) per client: which of `send` it gets")
+        num_buckets = 1 if of_bucket is None else int(of_bucket.max(initial=0)) + 1
+        if of_bucket is not None and of_bucket.min(initial=0) < 0:
+            raise ConfigError(f"buckets must be integers >= 0, got {of_bucket.min()}")
+        arrived = self._train(
+            ids, rows, visit, Collect.SUM, [part.flat for part in several],
+            buckets=of_bucket, num_buckets=num_buckets, send_idx=chosen,
+        )  # fmt: skip
+        assert arrived.sums is not None
+        units = self._units(weights, rows) if total else {}
+        results = []
+        for bucket in range(num_buckets):
+            inside = np.ones(len(ids), bool) if of_bucket is None else of_bucket == bucket
+            reported = self._reported(arrived.updates, ids[inside], rows[0][inside])
+            summed = arrived.sums.total(bucket) if total else arrived.sums.mean(bucket)
+            for name, unit in units.items():
+                summed[name].mul_(unit)
+            results.append(self._decoded(Result(summed.flat, self._half.layout, reported)))
+        return results[0] if of_bucket is None else results
+
+    def _units(self, weights: Weights, rows: IntArray) -> dict[str, float]:
+        """Return what one of the integer weights is worth, by segment."""
+        names = [segment.name for segment in self._half.layout.sent_up()]
+        given = [weights.get(name) for name in names] if isinstance(weights, Mapping) else [weights] * len(names)
+        return {
+            name: weight_unit(one, rows[i if len(rows) > 1 else 0])
+            for i, (name, one) in enumerate(zip(names, given, strict=True))
+            if one is not None
+        }
+
+    def _reported(self, updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
+        """Return the weighted means of what visits of these clients reported."""
+        weight_of = dict(zip(ids.tolist(), weights.tolist(), strict=True))
+        inside = [update for update in updates if update.client_id in weight_of]
+        means = {}
+        for name in sorted({name for update in inside for name in update.reported}):
+            told = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
+            whole = sum(weight for weight, _ in told)
+            means[name] = math.fsum(weight * value for weight, value in told) / whole if whole else math.nan
+        self._half.reported = {**self._half.reported, **means}
+        return means
+
+    def _decoded(self, result: Result) -> Result:
+        for transform in reversed(self._half.algorithm.transforms):
+            transform.decode(self, result)
+        return result
+
+
+class AlgorithmServer:
+    """The server's half of an algorithm over the rounds of a run; see `core.server_loop.ServerHalf`."""
+
+    def __init__(self, algorithm: Algorithm[Any], model: nn.Module, config: RunConfig) -> None:
+        """Take over `model`, the initial global model."""
+        self.algorithm, self.model, self.config, self.seed = algorithm, model, config, config.seed
+        self.layout = layout_of(model, algorithm.extra)
+        self.flat = flatten(model, self.layout)
+        self.state = ServerState()
+        self.round_idx = 0
+        self.metrics: Metrics | None = None
+        self.reported: Mapping[str, float] = {}
+        self.coordinator: Coordinator | None = None
+        own = type(algorithm).__module__.partition(".")[0] == "fedmpi"
+        self._attributes = None if own or config.leak_check == "off" else Attributes(model, algorithm)
+
+    def play_round(self) -> None:
+        """Collective, as the server. Run the algorithm's round."""
+        assert self.coordinator is not None
+        self.reported = {}
+        self.algorithm.round(Server(self, self.coordinator))
+        if self._attributes is not None:
+            refuse_changes(self.algorithm, self._attributes)
+
+    def finished(self) -> bool:
+        """Return True once --rounds are done, or the last evaluation reached --target-accuracy."""
+        target = self.config.target_accuracy
+        reached = target is not None and self.metrics is not None and self.metrics.accuracy >= target
+        return self.round_idx >= self.config.rounds or reached
+
+    def integer_state(self) -> IntArray:
+        """Return the global model's integer buffers."""
+        return integer_state(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the server's half; nothing is copied."""
+        return {
+            "round_idx": self.round_idx,
+            "vector": self.flat,
+            "integers": self.integer_state(),
+            "metrics": dataclasses.astuple(self.metrics) if self.metrics else None,
+            "state": dict(self.state),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        vector = as_tensor(state["vector"])
+        if vector.shape != self.flat.shape or len(state["integers"]) != len(self.integer_state()):
+            raise CheckpointError(
+                f"the checkpoint holds {len(vector):,} vector entries, this model has {len(self.flat):,}"
+            )
+        self.round_idx = int(state["round_idx"])
+        self.flat.copy_(vector)
+        load_integer_state(self.model, np.asarray(state["integers"]))
+        self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
+        self.state.clear()
+        self.state.update(_with_tensors(state["state"]))
+
+
+def as_tensor(values: Any) -> Tensor:
+    """Return an array or a tensor as a tensor."""
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.as_tensor(values)
+
+
+def _with_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tensors(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item) for item in value]
+    return as_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def _aligned(values: ArrayLike | None, order: IntArray, name: str) -> IntArray | None:
+    """Return integers per client, in ascending order of client ids."""
+    if values is None:
+        return None
+    given = np.asarray(values)
+    if given.shape != order.shape or (given.dtype.kind not in "iu" and given.size):
+        raise ConfigError(
+            f"{name} must be one integer for each of {len(order)} clients, got {given.dtype} {given.shape}"
+        )
+    return given.astype(np.int64)[order]
