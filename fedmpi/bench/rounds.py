@@ -16,6 +16,7 @@ from fedmpi.bench.records import Records
 from fedmpi.core.vector import SerializationTool
 from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
+from fedmpi.engines.steps import Steps
 from fedmpi.fedavg import FEDAVG
 from fedmpi.job import build_halves, build_manager, initial_model, share_partition
 from fedmpi.machine.placement import find_machine
@@ -66,8 +67,12 @@ class _NoSteps:
 
     runs_model = False
     single_steps = None
+    groups = None
 
-    def reset(self) -> None: ...
+    def begin(self, **settings: object) -> None: ...
+
+    def steps(self) -> Steps:
+        return Steps(0, 0.0)
 
     def epoch(self, inputs: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
         return torch.zeros(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -12,9 +13,11 @@ from fedmpi.core.vector import SerializationTool
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
 from fedmpi.engines.graph import GraphEngine
+from fedmpi.engines.groups import GroupEngine
 from fedmpi.engines.proof import cannot, leaves_of, why_not
 from fedmpi.engines.put_back import put_back
 from fedmpi.engines.single_step import SingleStepEngine
+from fedmpi.engines.steps import Steps
 from fedmpi.errors import ModelError
 
 _TOLERANCE = 1e-3
@@ -27,20 +30,32 @@ class Engine(Protocol):
     Attributes:
         runs_model: True if it calls the model, which may then draw random numbers and tell training from evaluation.
         single_steps: takes one step each for many clients at once; None: cannot.
+        groups: takes the steps of a group of clients of one step at once; None: cannot.
     """
 
     runs_model: bool
     single_steps: SingleStepEngine | None
+    groups: GroupEngine | None
 
-    def reset(self) -> None:
-        """The next step is a client's first."""
+    def begin(
+        self,
+        *,
+        lr: float | None = None,
+        prox: float = 0.0,
+        constant: Tensor | None = None,
+        only: Sequence[slice] | None = None,
+    ) -> None:
+        """Make the next step a client's first; see `SgdEngine.begin`."""
 
     def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        """One pass over (N, ...) inputs and (N,) labels in that order, a step each `batch_size` samples and the rest.
+        """Take one pass over (N, ...) inputs and (N,) labels in that order, a step per batch.
 
         Returns:
             The batches' mean losses, each before its step.
         """
+
+    def steps(self) -> Steps:
+        """Return the steps since `begin`."""
 
 
 def choose_engine(

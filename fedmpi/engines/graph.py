@@ -7,7 +7,7 @@ where it was recorded, weights and momenta are stepped in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
 """Takes what to record; returns what does it again, and the tensor that then holds its result."""
 
 _WARM_UP = 3  # CUDA's libraries set themselves up on the first calls, which cannot be recorded
+
+_KEPT_SETTINGS = 4
+"""Settings (step size, prox, ...) whose recordings are kept: those last used."""
 
 
 def record_cuda(work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
@@ -45,13 +48,34 @@ class GraphEngine(FusedEngine):
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float, record: Record = record_cuda
     ) -> None:
         """Over a model for `FusedEngine`; `record`: how (a seam for tests without a GPU)."""
-        super().__init__(model, lr, momentum, weight_decay)
         self._record = record
-        self._recorded: dict[int, _Recorded] = {}
-        self._weights = [param.data for param in model.parameters()]
+        self._recordings: dict[tuple[object, ...], dict[int, _Recorded]] = {}
+        self._constant_copy: Tensor | None = None
+        super().__init__(model, lr, momentum, weight_decay)
+        self._weights = [param.data for param in self._params]
 
-    def reset(self) -> None:
-        """Forget the momentum, in place: recordings know where it is."""
+    def begin(
+        self,
+        *,
+        lr: float | None = None,
+        prox: float = 0.0,
+        constant: Tensor | None = None,
+        only: Sequence[slice] | None = None,
+    ) -> None:
+        """See `SgdEngine.begin`; recordings know the constant by its address, and hold for one setting of the rest."""
+        if constant is not None:
+            if self._constant_copy is None:
+                self._constant_copy = torch.empty_like(constant)
+            constant = self._constant_copy.copy_(constant)
+        super().begin(lr=lr, prox=prox, constant=constant, only=only)
+        setting = (self._lr, prox, constant is None, tuple(self._moving))
+        self._recorded = self._recordings.pop(setting, {})
+        self._recordings[setting] = self._recorded
+        if len(self._recordings) > _KEPT_SETTINGS:
+            del self._recordings[next(iter(self._recordings))]
+
+    def _forget_momentum(self) -> None:
+        """In place: recordings know where it is."""
         for velocity in self._velocity.values():
             velocity.zero_()
 
@@ -65,12 +89,12 @@ class GraphEngine(FusedEngine):
     def recorded(self, work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """Record steps without having taken them."""
         weights = [weight.clone() for weight in self._weights]
-        velocity = {address: each.clone() for address, each in self._velocity.items()}
+        velocities = {address: velocity.clone() for address, velocity in self._velocity.items()}
         replay, result = self._record(work)
         for weight, kept in zip(self._weights, weights, strict=True):
             weight.copy_(kept)
-        for address, each in self._velocity.items():
-            each.copy_(velocity[address]) if address in velocity else each.zero_()
+        for address, velocity in self._velocity.items():
+            velocity.copy_(velocities[address]) if address in velocities else velocity.zero_()
         return replay, result
 
 
@@ -79,15 +103,15 @@ class _Recorded:
 
     def __init__(self, stack: Stack, engine: GraphEngine) -> None:
         self._stack, self._engine = stack, engine
-        self._held: tuple[Tensor, ...] = ()
+        self._fixed: tuple[Tensor, ...] = ()
 
     def step(self, x: Tensor, targets: Tensor) -> Tensor:
         """See `fused.Stack`."""
         batch = (x, targets)
-        if not self._held:
-            self._held = tuple(each.clone() for each in batch)
-            self._replay, self._log_p = self._engine.recorded(lambda: self._stack.step(*self._held))
-        for held, each in zip(self._held, batch, strict=True):
-            held.copy_(each)
+        if not self._fixed:
+            self._fixed = tuple(tensor.clone() for tensor in batch)
+            self._replay, self._log_p = self._engine.recorded(lambda: self._stack.step(*self._fixed))
+        for fixed, tensor in zip(self._fixed, batch, strict=True):
+            fixed.copy_(tensor)
         self._replay()
         return self._log_p.clone()

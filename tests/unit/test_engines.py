@@ -99,7 +99,7 @@ def test_reset_forgets_the_momentum() -> None:
     ends = []
     for reset in (True, True, False):
         if reset:
-            engine.reset()
+            engine.begin()
         vector.copy_(start)
         for batch in batches(2):
             engine.epoch(*batch, 3)

@@ -62,7 +62,7 @@ def test_a_client_gets_the_same_alone_together_and_by_the_fused_engine(stack, si
             assert alone.largest[0] == steps.largest[i]
             assert abs(together[i]).max() <= steps.largest[i]
             vector.copy_(start)
-            engine.reset()
+            engine.begin()
             loss = engine.epoch(x, y, sizes[i])
             np.testing.assert_allclose(together[i], vector.numpy(), rtol=1e-4, atol=1e-5)
             assert steps.losses[i] == pytest.approx(float(loss[0]), rel=1e-4, abs=1e-5)
