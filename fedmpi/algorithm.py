@@ -9,13 +9,14 @@
         def client_update(self, k):
             k.sgd()
 
-`s` is a `Server`, `k` a `Client`; nothing else needs to be known. An algorithm object is read-only once it is made: there
-is one on every rank, and what one of them noted the others would not know.
+`s` is a `Server`, `k` a `Client`; nothing else needs to be known. An algorithm object is read-only once it is made:
+there is one on every rank, and what one of them noted the others would not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -74,7 +75,7 @@ class Algorithm(Generic[C]):
     """
 
     Config: type[Any] = RunConfig
-    extra: Extra = {}
+    extra: Extra = MappingProxyType({})
     transforms: Sequence[Transform] = ()
     config: C
 

@@ -229,6 +229,7 @@ class ClientVisitor:
         engine: takes the steps of SGD.
         engine_note: which one, and why.
         smallest_batch: samples that the model needs in training.
+        groups: takes the steps of clients of one step together; None: each takes its own.
         changed_attributes: names of the model's attributes that were seen to change in trial steps.
     """
 
@@ -257,14 +258,9 @@ class ClientVisitor:
         self._attributes = None if self._own or config.leak_check == "off" else Attributes(self.model, algorithm)
         only_w = self.layout.up == self.layout["w"].columns
         grouped = config.group_clients > 1 and not algorithm.transforms and only_w
-        self._groups = self.engine.groups if grouped else None
+        self.groups = self.engine.groups if grouped else None
         self._checked_round = -1
         self._names = [(name, p.numel()) for name, p in self.model.named_parameters() if p.requires_grad]
-
-    @property
-    def takes_groups(self) -> bool:
-        """True if clients of one step can be trained together."""
-        return self._groups is not None
 
     def num_samples(self, client_ids: IntArray) -> IntArray:
         """Return the sample counts of clients."""
@@ -273,7 +269,7 @@ class ClientVisitor:
     def visit(self, order: Order, client_id: int, sent: Tensor, may_defer: bool) -> Visit:
         """Visit a client; what it sends back is then in `back`, unless its step was put off."""
         version = sent._version
-        k = Client(self, order, client_id, sent, may_defer and self._groups is not None)
+        k = Client(self, order, client_id, sent, may_defer and self.groups is not None)
         if not self._own:
             self.seed_global(order, client_id)
         getattr(self.algorithm, self._visits[order.visit_idx])(k)
@@ -290,12 +286,12 @@ class ClientVisitor:
 
     def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float]]:
         """Take the one step of clients that put it off: the sum of their weighted updates, and their losses."""
-        assert self._groups is not None
+        assert self.groups is not None
         self.check_model(order.round_idx)
         indices = [self.data.partition[client_id] for client_id in client_ids]
         inputs, labels = self.data.take(np.concatenate(indices))
         weights = order.weight_rows()[0][[order.place_of(client_id) for client_id in client_ids]].tolist()
-        step = self._groups.run(sent[self.layout.vector], inputs, labels, [len(part) for part in indices], weights)
+        step = self.groups.run(sent[self.layout.vector], inputs, labels, [len(part) for part in indices], weights)
         return step.update, step.losses
 
     def end_order(self, order: Order, sent: Sequence[Tensor]) -> None:
@@ -407,6 +403,6 @@ def refuse_changes(algorithm: object, before: Attributes) -> None:
     names = before.changed()
     if names:
         raise ConfigError(
-            f"{type(algorithm).__name__} has changed its {', '.join(map(repr, names))}: an algorithm is read-only, since"
-            " every rank has its own; keep what the server needs in s.state, and send clients more by `extra`"
+            f"{type(algorithm).__name__} has changed its {', '.join(map(repr, names))}: an algorithm is read-only,"
+            " since every rank has its own; keep what the server needs in s.state, and send clients more by `extra`"
         )

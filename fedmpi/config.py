@@ -110,7 +110,7 @@ class RunConfig(DataConfig):
         " before the job's time limit)", "Survival", "(0, inf)", result=False,
     )  # fmt: skip
     leak_check: Literal["on", "off"] = option(
-        "on", "whether an algorithm of your own is refused that changes itself, which other ranks would not know", "Survival",
+        "on", "refuse an algorithm of your own that changes itself, which other ranks would not know", "Survival",
         result=False,
     )  # fmt: skip
     stall_timeout: float = option(

@@ -110,7 +110,7 @@ def run_job(
         progress = Progress(config.rounds, folder.elapsed_s if folder else 0.0)
         policy = Boundary(folder, config.checkpoint_every, signals, deadline)
         memory_format = memory_format_of(halves.model)
-        grouped = min(on_every_rank(comm, visitor.takes_groups if visitor else True))
+        grouped = min(on_every_rank(comm, visitor.groups is not None if visitor else True))
         session = Session(
             comm,
             server,
@@ -129,7 +129,7 @@ def run_job(
             policy=policy,
             signals=signals,
             cuda_aware=config.cuda_aware,
-            grouping=_grouping(config) if grouped else None,
+            grouping=one_step_groups(config) if grouped else None,
         )
         start(session, halves, config)
         on_root(comm, lambda: resume(folder, session))
@@ -247,7 +247,7 @@ def initial_model(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
     return build_model(config.model, dataset.input_shape, dataset.num_classes)
 
 
-def _grouping(config: RunConfig) -> Grouping:
+def one_step_groups(config: RunConfig) -> Grouping:
     """Return how clients of one step are grouped."""
 
     def grouping(client_ids: IntArray, sizes: IntArray) -> list[IntArray]:

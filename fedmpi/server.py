@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedmpi.client import refuse_changes, visits_of
 from fedmpi.config import RunConfig
 from fedmpi.core.attributes import Attributes
-from fedmpi.core.cohort import checked_cohort, weight_unit
+from fedmpi.core.cohort import checked_cohort, sample_cohort, weight_unit
 from fedmpi.core.columns import apply_rule, whole_rows
 from fedmpi.core.coordinator import Coordinator
 from fedmpi.core.evaluate import Metrics
@@ -94,8 +94,7 @@ class Server:
             raise ConfigError(f"a cohort has 0 to {self.num_clients} clients, got {count}")
         again = f"sample {self._samples}" if self._samples else ""
         self._samples += 1
-        rng = np.random.default_rng(self._seed(Stream.COHORT, again))
-        return np.sort(rng.choice(self.num_clients, count, replace=False, shuffle=False))
+        return sample_cohort(self._seed(Stream.COHORT, again), self.num_clients, count)
 
     def mean(
         self,
@@ -220,12 +219,12 @@ class Server:
 
     def _visit_idx(self, visit: Visitation) -> int:
         algorithm, names = self._half.algorithm, visits_of(type(self._half.algorithm))
-        if inspect.ismethod(visit) and visit.__self__ is algorithm and visit.__name__ in names:
-            if getattr(type(algorithm), visit.__name__, None) is visit.__func__:
-                return names.index(visit.__name__)
+        name = visit.__name__ if inspect.ismethod(visit) and visit.__self__ is algorithm else ""
+        if name in names and getattr(type(algorithm), name) is visit.__func__:  # type: ignore[attr-defined]  # a method
+            return names.index(name)
         raise ConfigError(
-            f"a visit must be a method of {type(algorithm).__name__}, e.g. self.client_update, since it is called by its"
-            f" name on other ranks; got {getattr(visit, '__name__', type(visit).__name__)!r}"
+            f"a visit must be a method of {type(algorithm).__name__}, e.g. self.client_update, since it is called by"
+            f" its name on other ranks; got {getattr(visit, '__name__', type(visit).__name__)!r}"
         )
 
     def _sums(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -13,16 +12,21 @@ import torch
 from fedmpi.bench.cases import Case
 from fedmpi.bench.floor import BareLoop
 from fedmpi.bench.records import Records
+from fedmpi.core.cohort import sample_cohort
+from fedmpi.core.memory_format import memory_format_of
+from fedmpi.core.seeding import Stream, derive_seed
+from fedmpi.core.session import Session
 from fedmpi.core.vector import SerializationTool
 from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
 from fedmpi.engines.steps import Steps
-from fedmpi.fedavg import FEDAVG
-from fedmpi.job import build_halves, build_manager, initial_model, share_partition
+from fedmpi.fedavg import FedAvg
+from fedmpi.job import Halves, build_halves, initial_model, one_step_groups, share_partition, start
 from fedmpi.machine.placement import find_machine
 from fedmpi.mpi.buffers import Form
 from fedmpi.mpi.comm import Comm
 from fedmpi.mpi.setup import on_all, on_every_rank
+from fedmpi.server import AlgorithmServer
 
 FLOOR_RANKS = (1, 2)
 
@@ -66,7 +70,6 @@ class _NoSteps:
     """An engine that does nothing, to see what is left."""
 
     runs_model = False
-    single_steps = None
     groups = None
 
     def begin(self, **settings: object) -> None: ...
@@ -94,11 +97,10 @@ class CaseBench:
         machine = find_machine(net, self._config.device, self._config.threads)
         self._dataset = on_all(net, lambda: load_dataset("mnist", None))
         self._partition, _ = share_partition(net, self._config, self._dataset)
-        self._halves = build_halves(net, FEDAVG, self._config, self._dataset, self._partition, machine.device)
-        half = self._halves.trainer or self._halves.handler
-        assert half is not None
-        self._initial = half.model_parameters.clone()
-        self._evaluator = test_evaluator(self._dataset, machine.device, self._halves.memory_format, None)
+        self._device = machine.device
+        self._halves = build_halves(net, FedAvg, self._config, self._dataset, self._partition, machine.device)
+        self._initial = SerializationTool.serialize_model(self._halves.model)
+        self._evaluator = test_evaluator(self._dataset, machine.device, memory_format_of(self._halves.model), None)
         self._floor = self._bare_loop(pair, machine.device) if net.rank in FLOOR_RANKS else None
 
     def run(self, pairs: int) -> Rounds:
@@ -111,17 +113,18 @@ class CaseBench:
                 fedmpi_s.append(mine)
                 floor_s.append(floor)
                 evaluate_s.append((_evaluate_s(records), floor_evaluate_s))
-        trainer = self._halves.trainer
+        visitor = self._halves.visitor
         client_ms = 0.0
-        if trainer is not None:
-            trainer.engine, steps = _NoSteps(), trainer.engine  # type: ignore[attr-defined]  # FedAvgTrainer has one
+        if visitor is not None:
+            kept = visitor.engine, visitor.groups
+            visitor.engine, visitor.groups = _NoSteps(), None  # type: ignore[assignment]  # one that does nothing
         _, empty = self._block()
-        if trainer is not None:
-            trainer.engine = steps  # type: ignore[attr-defined]  # as above
+        if visitor is not None:
+            visitor.engine, visitor.groups = kept
         if self._net.is_server:
             clients = -(-self._config.clients_per_round // self._net.num_trainers)
             client_ms = 1e3 * float(np.median([record.timings["train_s"] for record in empty])) / clients
-        notes = on_every_rank(self._net, trainer.engine_note if trainer else "")
+        notes = on_every_rank(self._net, visitor.engine_note if visitor else "")
         forms = on_every_rank(self._net, self._floor.form if self._floor else "")
         return Rounds(
             fedmpi_s,
@@ -136,12 +139,23 @@ class CaseBench:
 
     def _block(self) -> tuple[float, Records]:
         """Collective. fedmpi's rounds from the initial weights: seconds a round and the records, on the server."""
-        records, halves = Records(), self._halves
-        if halves.handler is not None:
-            SerializationTool.deserialize_model(halves.handler.model, self._initial)
-            handler = FEDAVG.handler(halves.handler.model, self._config)
-            halves = dataclasses.replace(halves, handler=handler)
-        build_manager(self._net, self._config, halves, self._evaluator, {}, [records]).run()
+        records, server, visitor = Records(), self._halves.server, self._halves.visitor
+        if server is not None:
+            SerializationTool.deserialize_model(server.model, self._initial)
+            server = AlgorithmServer(server.algorithm, server.model, self._config)
+        grouped = min(on_every_rank(self._net, visitor.groups is not None if visitor else True))
+        session = Session(
+            self._net,
+            server,
+            visitor,
+            device=self._device,
+            evaluator=self._evaluator,
+            eval_every=self._config.eval_every,
+            observers=[records],
+            grouping=one_step_groups(self._config) if grouped else None,
+        )
+        start(session, Halves(server, visitor), self._config)
+        session.run()
         self._net.over = False  # the job goes on
         return sum(record.timings["round_s"] for record in records) / self._config.rounds, records
 
@@ -151,11 +165,11 @@ class CaseBench:
         spent_ns, evaluate_ns, accuracy = 0, 0, 0.0
         if self._floor is not None:
             self._floor.vector.copy_(self._initial)
-            handler = FEDAVG.handler(torch.nn.Linear(1, 1), self._config)
-            handler.client_sizes = self._partition.sizes
             begun = time.perf_counter_ns()
-            for handler.round_idx in range(self._config.rounds):
-                self._floor.round(handler.sample_clients().tolist())
+            for round_idx in range(self._config.rounds):
+                seed = derive_seed(self._config.seed, Stream.COHORT, round_idx)
+                cohort = sample_cohort(seed, self._config.num_clients, self._config.clients_per_round)
+                self._floor.round(cohort.tolist())
                 trained = time.perf_counter_ns()
                 accuracy = self._floor.evaluate()
                 evaluate_ns += time.perf_counter_ns() - trained

@@ -19,10 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmpi.bench.records import Records
-from fedmpi.core.client_manager import ClientPassiveManager
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.server_manager import ServerManager
-from fedmpi.core.trainer import ClientTrainer
+from fedmpi.fedlab import ClientPassiveManager, ClientTrainer, ServerManager, SyncParameterServerHandler
 from fedmpi.mpi.comm import Comm
 
 CLIENTS = (100, 1000, 10_000, 100_000, 1_000_000)

@@ -14,6 +14,11 @@ from fedmpi.core.order import IntArray
 from fedmpi.errors import ConfigError
 
 
+def sample_cohort(seed: int, num_clients: int, count: int) -> IntArray:
+    """(count,) distinct client ids, ascending; uniform."""
+    return np.sort(np.random.default_rng(seed).choice(num_clients, count, replace=False, shuffle=False))
+
+
 def checked_cohort(cohort: ArrayLike, num_clients: int) -> tuple[IntArray, IntArray]:
     """Return (K,) ascending client ids, and (K,) the places in `cohort` that they come from.
 

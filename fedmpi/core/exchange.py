@@ -256,7 +256,7 @@ def _given(signals: list[int]) -> list[tuple[int, int]]:
 def _blocks(
     comm: Comm, work: LocalWork, num_rows: int, ascending: IntArray, block_bytes: int
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Collective. Yield one block of columns of all ranks' rows after the other; on the server only they hold values."""
+    """Collective. Yield one block of columns of all ranks' rows after the other, on the server."""
     step = max(1, block_bytes // (4 * max(1, num_rows)))
     room = np.empty(0, np.float32)  # one for all blocks: malloc would keep more than it gives back
     for start in range(0, work.row_size, step):

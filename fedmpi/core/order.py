@@ -213,7 +213,9 @@ def unpack_updates(packed: NDArray[np.uint8]) -> list[ClientUpdate]:
     _, num_names, length = np.frombuffer(packed[:start].tobytes(), np.int64).tolist()
     names: list[str] = json.loads(packed[start : start + length].tobytes()) if length else []
     rows = np.frombuffer(packed[start + length :].tobytes(), _record_dtype(num_names)).tolist()
-    return [
-        ClientUpdate(*scalars, {name: value for name, given, value in zip(names, has, values, strict=True) if given})
-        for *scalars, has, values in rows
-    ]
+    updates = []
+    for client_id, num_samples, loss, seconds, finite, has, values in rows:
+        told = zip(names, has, values, strict=True) if names else ()
+        reported = {name: value for name, given, value in told if given}
+        updates.append(ClientUpdate(client_id, num_samples, loss, seconds, finite, reported))
+    return updates

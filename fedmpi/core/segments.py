@@ -81,7 +81,8 @@ class Layout:
 
     @property
     def _end(self) -> int:
-        return self.segments[-1].columns.stop
+        last = self.segments[-1]
+        return last.start + last.size
 
     def _append(self, parts: list[tuple[str, int]], start: int, direction: Direction) -> None:
         for name, size in parts:

@@ -38,9 +38,7 @@ _BLOCK = 2**18
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def cut(
-    client_ids: NDArray[np.int64], sizes: NDArray[np.int64], most_clients: int = MOST_CLIENTS
-) -> list[slice]:
+def cut(client_ids: NDArray[np.int64], sizes: NDArray[np.int64], most_clients: int = MOST_CLIENTS) -> list[slice]:
     """Return the groups of a cohort's one-step clients, as slices of both arrays.
 
     Args:

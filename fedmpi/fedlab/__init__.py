@@ -1,7 +1,7 @@
 """FedLab's names in one place: its example runs with `from fedmpi import ...` or `from fedmpi.fedlab import ...`.
 
-Thin adapters over the rest, which add nothing to the fast path; where FedLab spells a name otherwise, both spellings are
-there.
+Thin adapters over the rest, which add nothing to the fast path; where FedLab spells a name otherwise, both spellings
+are there.
 """
 
 from __future__ import annotations

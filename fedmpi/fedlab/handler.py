@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core.cohort import checked_cohort
+from fedmpi.core.cohort import checked_cohort, sample_cohort
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum, integer_weights
 from fedmpi.core.seeding import Stream, derive_seed
@@ -148,8 +148,8 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
 
     def sample_clients(self) -> NDArray[np.int64]:
         """(K,) distinct client ids, ascending; uniform, and the same for a (seed, round) whatever else differs."""
-        rng = np.random.default_rng(derive_seed(self.seed, Stream.COHORT, self.round_idx))
-        self.cohort = np.sort(rng.choice(self.num_clients, self.cohort_size, replace=False, shuffle=False))
+        seed = derive_seed(self.seed, Stream.COHORT, self.round_idx)
+        self.cohort = sample_cohort(seed, self.num_clients, self.cohort_size)
         self.weights = self._counts = self.client_sizes[self.cohort]
         return self.cohort
 
