@@ -284,15 +284,15 @@ class ClientVisitor:
             )
         return Visit(k.num_samples, k.loss_value, k.reported, k.deferred)
 
-    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float]]:
-        """Take the one step of clients that put it off: the sum of their weighted updates, and their losses."""
+    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float], bool]:
+        """Take the one step of clients that put it off; see `core.worker.Visitor`."""
         assert self.groups is not None
         self.check_model(order.round_idx)
         indices = [self.data.partition[client_id] for client_id in client_ids]
         inputs, labels = self.data.take(np.concatenate(indices))
         weights = order.weight_rows()[0][[order.place_of(client_id) for client_id in client_ids]].tolist()
         step = self.groups.run(sent[self.layout.vector], inputs, labels, [len(part) for part in indices], weights)
-        return step.update, step.losses
+        return step.update, step.losses, step.finite
 
     def end_order(self, order: Order, sent: Sequence[Tensor]) -> None:
         """See that the algorithm's object is what it was.

@@ -22,7 +22,7 @@ class RoundRecord:
         bytes_up: what they would send back.
         timings: seconds by part, each trainer's busy and idle seconds while clients train, the share of the trainers'
             time spent idle, and bytes through the server's MPI calls.
-        reported: weighted means of what visits reported, by name.
+        reported: weighted means of what visits reported, by name; None: not finite.
     """
 
     round_idx: int
@@ -34,7 +34,7 @@ class RoundRecord:
     bytes_down: int
     bytes_up: int
     timings: dict[str, Any]
-    reported: Mapping[str, float] = field(default_factory=dict)
+    reported: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Observer(Protocol):

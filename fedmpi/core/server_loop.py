@@ -166,7 +166,7 @@ class ServerLoop:
             bytes_down=self._coordinator.bytes_down,
             bytes_up=self._coordinator.bytes_up,
             timings=self._timings.timings(metrics is not None),
-            reported=half.reported,
+            reported={name: value if math.isfinite(value) else None for name, value in half.reported.items()},
         )
         for observer in self._observers:
             observer.on_round(record)

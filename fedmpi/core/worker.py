@@ -66,8 +66,8 @@ class Visitor(Protocol):
     def visit(self, order: Order, client_id: int, sent: Tensor, may_defer: bool) -> Visit:
         """Visit a client that was sent `sent` (V,); what it sends back is then in `back`, unless it is deferred."""
 
-    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float]]:
-        """Take the deferred steps: (T,) float64, the sum of weighted updates, and each client's loss."""
+    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float], bool]:
+        """Take the deferred steps: (T,) float64, the sum of weighted updates; each client's loss; False: one diverged."""
 
     def end_order(self, order: Order, sent: Sequence[Tensor]) -> None:
         """Called when this rank's visits of an order are over."""
@@ -134,9 +134,11 @@ class Worker:
         started = time.perf_counter()
         self._comm.activity = f"clients {', '.join(map(str, ids))}, round {order.round_idx}"
         with self._comm.timeline.span(*(f"client {client_id}" for client_id in ids)):
-            update, losses = self._visitor.step_together(order, ids, sent[order.send_of(order.place_of(ids[0]))])
+            update, losses, finite = self._visitor.step_together(
+                order, ids, sent[order.send_of(order.place_of(ids[0]))]
+            )
             assert work.sums is not None
-            together = work.sums.add_group(ids, update)
+            together = finite and work.sums.add_group(ids, update)
         seconds = (time.perf_counter() - started) / len(ids)
         for (client_id, visit, before), loss in zip(deferred, losses, strict=True):
             if together:

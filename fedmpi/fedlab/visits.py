@@ -53,7 +53,7 @@ class TrainerVisitor:
         self.train(order.round_idx, client_id, sent, order.integers)
         return Visit(num_samples, self.trainer.loss)
 
-    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float]]:
+    def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float], bool]:
         """Never called: no visit is deferred."""
         raise AssertionError("a trainer's step is not put off")
 

@@ -72,7 +72,10 @@ class History:
         Raises:
             FilesystemError: the line cannot be written, or the file is no longer what was written.
         """
-        line = (json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n").encode()
+        fields = dataclasses.asdict(record)
+        if not record.reported:
+            del fields["reported"]
+        line = (json.dumps(fields, allow_nan=False) + "\n").encode()
         with self._lock:
             try:
                 self._put_right()
