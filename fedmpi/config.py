@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Set
 from typing import Literal
 
+from fedmpi.core.cohort import cohort_size
 from fedmpi.errors import ConfigError
 from fedmpi.options import flag_of, option
 
@@ -135,8 +135,7 @@ class RunConfig(DataConfig):
         """`cohort_size`, else `sample_ratio` x `num_clients` to the nearest integer (half up), at least 1."""
         if self.cohort_size is not None:
             return self.cohort_size
-        ratio = 0.1 if self.sample_ratio is None else self.sample_ratio
-        return max(1, math.floor(ratio * self.num_clients + 0.5))
+        return cohort_size(self.num_clients, 0.1 if self.sample_ratio is None else self.sample_ratio)
 
     def check(self) -> None:
         """Refuse options that contradict each other.

@@ -5,6 +5,7 @@ Shapes: K clients in the cohort.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ from numpy.typing import ArrayLike
 
 from fedmpi.core.order import IntArray
 from fedmpi.errors import ConfigError
+
+
+def cohort_size(num_clients: int, sample_ratio: float) -> int:
+    """Return the nearest count (half up) to a share of the clients, at least 1."""
+    return max(1, math.floor(sample_ratio * num_clients + 0.5))
 
 
 def sample_cohort(seed: int, num_clients: int, count: int) -> IntArray:

@@ -67,7 +67,11 @@ class Visitor(Protocol):
         """Visit a client that was sent `sent` (V,); what it sends back is then in `back`, unless it is deferred."""
 
     def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float], bool]:
-        """Take the deferred steps: (T,) float64, the sum of weighted updates; each client's loss; False: one diverged."""
+        """Take the deferred steps.
+
+        Returns:
+            (T,) float64, the sum of weighted updates; each client's loss; False if one of them is not finite.
+        """
 
     def end_order(self, order: Order, sent: Sequence[Tensor]) -> None:
         """Called when this rank's visits of an order are over."""

@@ -5,7 +5,6 @@ Shapes: P vector entries, K cohort, N clients.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmpi.core.cohort import checked_cohort, sample_cohort
+from fedmpi.core import cohort as cohorts
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum, integer_weights
 from fedmpi.core.seeding import Stream, derive_seed
@@ -100,7 +99,7 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
             seed: of the cohorts.
         """
         super().__init__(model)
-        size = max(1, math.floor(sample_ratio * num_clients + 0.5)) if cohort_size is None else cohort_size
+        size = cohorts.cohort_size(num_clients, sample_ratio) if cohort_size is None else cohort_size
         if not 1 <= size <= num_clients:
             raise ConfigError(f"a cohort has 1 to {num_clients} clients (num_clients), got {size}")
         self.num_clients = num_clients
@@ -128,7 +127,7 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         """
         if self.weights is self._counts:
             self.weights = np.empty(0, np.int64)  # those of the round before
-        cohort, order = checked_cohort(np.asarray(self.sample_clients()), self.num_clients)
+        cohort, order = cohorts.checked_cohort(np.asarray(self.sample_clients()), self.num_clients)
         weights: Any = self.weights
         if isinstance(weights, Tensor):
             weights = weights.detach().cpu().numpy()
@@ -149,7 +148,7 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
     def sample_clients(self) -> NDArray[np.int64]:
         """(K,) distinct client ids, ascending; uniform, and the same for a (seed, round) whatever else differs."""
         seed = derive_seed(self.seed, Stream.COHORT, self.round_idx)
-        self.cohort = sample_cohort(seed, self.num_clients, self.cohort_size)
+        self.cohort = cohorts.sample_cohort(seed, self.num_clients, self.cohort_size)
         self.weights = self._counts = self.client_sizes[self.cohort]
         return self.cohort
 

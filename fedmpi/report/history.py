@@ -154,9 +154,9 @@ def read_history(path: Path) -> list[RoundRecord]:
 
 
 def flat_rows(path: str | Path) -> list[dict[str, Any]]:
-    """One flat row per round of a `history.jsonl`, for `pandas.DataFrame`: each of the timings is a column."""
+    """One flat row per round of a `history.jsonl`, for `pandas.DataFrame`: each of the timings, and of what visits reported, is a column."""
     rows = [dataclasses.asdict(record) for record in read_history(Path(path))]
-    return [row | row.pop("timings") for row in rows]
+    return [row | row.pop("timings") | row.pop("reported") for row in rows]
 
 
 def check_history(path: Path, num_bytes: int, rounds: int, sha256: str | None = None) -> None:
