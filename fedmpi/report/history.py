@@ -154,7 +154,7 @@ def read_history(path: Path) -> list[RoundRecord]:
 
 
 def flat_rows(path: str | Path) -> list[dict[str, Any]]:
-    """One flat row per round of a `history.jsonl`, for `pandas.DataFrame`: each of the timings, and of what visits reported, is a column."""
+    """One flat row per round of a `history.jsonl`, for `pandas.DataFrame`: timings and reported numbers are columns."""
     rows = [dataclasses.asdict(record) for record in read_history(Path(path))]
     return [row | row.pop("timings") | row.pop("reported") for row in rows]
 
