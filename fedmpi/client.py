@@ -66,13 +66,14 @@ class Client:
         self.loss_value = math.nan
         self.deferred = False
         self._visitor, self._order, self._may_defer = visitor, order, may_defer
-        self._begun, self._passes = False, 0
+        self._begun, self._fresh, self._passes = False, False, 0
         self._back = Segments(visitor.back, visitor.layout)
 
     @property
     def back(self) -> Segments:
         """What goes back to the server: begins as `sent`, with zeros in segments that only go up."""
         self.settle()
+        self._fresh = False
         return self._back
 
     def sgd(
@@ -157,7 +158,7 @@ class Client:
     def settle(self) -> None:
         """Take a step that was put off, and make `back` what it is to be."""
         if not self._begun:
-            self._begun = True
+            self._begun = self._fresh = True
             self._visitor.begin(self._order, self.id, self.sent.flat)
         if self.deferred:
             self.deferred, self._passes = False, 0
@@ -187,7 +188,9 @@ class Client:
         visitor = self._visitor
         visitor.check_model(self.round_idx)
         w = self._back.w
-        w.copy_(self.sent.w if start is None else start)
+        if start is not None or not self._fresh:
+            w.copy_(self.sent.w if start is None else start)
+        self._fresh = False
         constant = None
         if prox or drift is not None:
             constant = torch.zeros_like(w, dtype=torch.float64) if drift is None else drift.to(torch.float64)
