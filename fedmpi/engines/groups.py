@@ -1,7 +1,6 @@
 """Clients that take one step only, from the same weights, in groups: a group's weighted update is one product.
 
-Per client most of the time would go into moving a model of its own: a copy of the weights, a pass over it for the step,
-a pass for the sum. A group's contribution to the sum needs no client's model:
+Most of a small client's time would go into moving a model of its own. A group's part of the sum needs none:
 
     sum_k a_k (w_k - w) = -lr sum_i (a_k / n_k) g_i - lr d A w
 
@@ -16,6 +15,7 @@ Shapes: P vector entries (all of them trained: T = P), M clients of the group, N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +35,6 @@ _ALIGNED = 16  # float32 in 64 bytes
 _BLOCK = 2**18
 """Entries of a product: a megabyte, which stays in the cache until it is widened to float64."""
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-
 
 def cut(client_ids: NDArray[np.int64], sizes: NDArray[np.int64], most_clients: int = MOST_CLIENTS) -> list[slice]:
     """Return the groups of a cohort's one-step clients, as slices of both arrays.
@@ -48,8 +46,7 @@ def cut(client_ids: NDArray[np.int64], sizes: NDArray[np.int64], most_clients: i
     """
     assert (np.diff(client_ids) > 0).all(), "a group depends on the order of its clients"
     groups: list[slice] = []
-    start = samples = 0
-    previous = 0
+    start = samples = previous = 0
     for i, size in enumerate(sizes.tolist()):
         full = i - start == most_clients or samples + size > MOST_SAMPLES
         if i > start and (full or max(size, previous) > LARGEST_CLIENT):
@@ -66,7 +63,7 @@ class GroupStep:
     Attributes:
         update: (T,) float64, sum of a_k (w_k - w).
         losses: (M,) mean loss of each client before its step.
-        finite: True if all of it is, for each client; if not, some client alone may still be.
+        finite: True if the steps of all clients are finite in float32, also of those of weight 0.
     """
 
     update: Tensor
@@ -81,10 +78,14 @@ class _Layer:
     weight: Tensor  # (out, in), a view of the vector
     bias: Tensor | None
     relu: bool
-    start: int  # place of the weight in the vector
     inputs: Tensor  # (N, in)
     outputs: Tensor  # (N, out)
     gradients: Tensor  # (N, out), of each sample's own loss
+
+    def in_range(self) -> bool:
+        """Return True if each sample's gradient of weight and bias is finite, by the norms that bound it."""
+        gradients, inputs = (torch.linalg.vector_norm(part, dim=1) for part in (self.gradients, self.inputs))
+        return bool(gradients.mul_(inputs.clamp_(min=1)).isfinite().all())
 
 
 class GroupEngine:
@@ -100,12 +101,9 @@ class GroupEngine:
         """
         self._linears, self._lr, self._weight_decay = linears, lr, weight_decay
         params = [param for linear, _ in linears for param in (linear.weight, linear.bias) if param is not None]
-        starts = np.cumsum([0, *(param.numel() for param in params)]).tolist()
-        self._size = starts[-1]
-        self._in_order = all(
-            param.requires_grad and param.data_ptr() == params[0].data_ptr() + start * param.element_size()
-            for param, start in zip(params, starts, strict=False)
-        )
+        self._sizes = [param.numel() for param in params]
+        starts = np.cumsum([0, *self._sizes[:-1]]) * params[0].element_size() + params[0].data_ptr()
+        self._in_order = [param.data_ptr() for param in params if param.requires_grad] == starts.tolist()
 
     @torch.no_grad()
     def run(
@@ -123,79 +121,68 @@ class GroupEngine:
         Raises:
             ModelError: the layers' weights and biases, one after the other, are not all there is in `vector`.
         """
-        if not self._in_order or self._size != len(vector):
+        if not self._in_order or sum(self._sizes) != len(vector):
             raise ModelError(
-                f"the layers have {self._size} trainable entries, not the {len(vector)} of the vector in its order:"
-                " take --engine eager"
+                f"the layers have {sum(self._sizes)} trainable entries, not the {len(vector)} of the vector in its"
+                " order: take --engine eager"
             )
-        if vector.data_ptr() % 64:
-            vector = vector.clone()
-        layers = self._forward(vector, _rows(len(labels), inputs[0].numel()).copy_(inputs.flatten(1)))
-        log_p = torch.log_softmax(layers[-1].outputs, 1)
-        _backward(layers, log_p, labels.unsqueeze(1))
-        per_sample = -log_p.gather(1, labels.unsqueeze(1)).to(torch.float64).view(-1).numpy()
-        losses = np.add.reduceat(per_sample, np.cumsum([0, *sizes[:-1]])) / sizes
-        finite = bool(np.isfinite(losses).all()) and all(_in_range(layer) for layer in layers)
+        x = inputs.flatten(1)
+        if not x.is_contiguous() or x.data_ptr() % 64 or x.shape[1] % _ALIGNED:
+            x = _rows(*x.shape).copy_(x)
+        layers = self._forward(vector.clone() if vector.data_ptr() % 64 else vector, x)
+        log_p, labels = torch.log_softmax(layers[-1].outputs, 1), labels.unsqueeze(1)
+        _backward(layers, log_p, labels)
+        sample_losses = -log_p.gather(1, labels).to(torch.float64).view(-1).numpy()
+        losses = np.add.reduceat(sample_losses, np.cumsum([0, *sizes[:-1]])) / sizes
+        finite = bool(np.isfinite(losses).all()) and all(layer.in_range() for layer in layers)
         update = self._update(layers, np.repeat(np.asarray(weights) / sizes, sizes), sum(weights))
-        largest = float(torch.linalg.vector_norm(update, torch.inf))
-        return GroupStep(update, losses.tolist(), finite and np.isfinite(largest))
+        return GroupStep(update, losses.tolist(), finite and math.isfinite(torch.linalg.vector_norm(update)))
 
     def _forward(self, vector: Tensor, x: Tensor) -> list[_Layer]:
-        layers, start = [], 0
+        layers, params = [], iter(torch.split(vector, self._sizes))
         for linear, relu in self._linears:
-            stop = start + linear.weight.numel()
-            weight = vector[start:stop].view(linear.weight.shape)
-            bias = None if linear.bias is None else vector[stop : stop + len(weight)]
+            weight = next(params).view(linear.weight.shape)
+            bias = None if linear.bias is None else next(params)
             y = torch.mm(x, weight.t(), out=_rows(len(x), len(weight)))
             if bias is not None:
                 y.add_(bias)
             if relu:
                 y.relu_()
-            layers.append(_Layer(weight, bias, relu, start, x, y, _rows(len(x), len(weight))))
-            x, start = y, stop + (0 if bias is None else len(bias))
+            layers.append(_Layer(weight, bias, relu, x, y, _rows(len(x), len(weight))))
+            x = y
         return layers
 
     def _update(self, layers: Sequence[_Layer], shares: NDArray[np.float64], total: int) -> Tensor:
-        """Return the (T,) update for the weight a_k / n_k of each sample; scales the layers' gradients."""
-        update = torch.empty(self._size, dtype=torch.float64, device="cpu")
-        scale = torch.from_numpy((-self._lr * shares).astype(np.float32))
+        """Return the (T,) update for each sample's share a_k / n_k and the sum of a_k; scales the layers' gradients."""
+        update, start = torch.empty(sum(self._sizes), dtype=torch.float64, device="cpu"), 0
+        scale = torch.from_numpy((-self._lr * shares).astype(np.float32)).unsqueeze(1)
         beta = -self._lr * self._weight_decay * total
         for layer in layers:
-            count, width = layer.weight.shape
-            step = max(1, _BLOCK // width)
-            gradients = layer.gradients.mul_(scale.unsqueeze(1)).t()
-            start = layer.start
-            for rows in (slice(row, min(row + step, count)) for row in range(0, count, step)):
-                part = torch.addmm(layer.weight[rows], gradients[rows], layer.inputs, beta=beta)
+            gradients = layer.gradients.mul_(scale).t()
+            block = max(1, _BLOCK // layer.weight.shape[1])
+            for weight, rows in zip(torch.split(layer.weight, block), torch.split(gradients, block), strict=True):
+                part = torch.addmm(weight, rows, layer.inputs, beta=beta)
                 update[start : start + part.numel()] = part.view(-1)
                 start += part.numel()
             if layer.bias is not None:
-                update[start : start + count] = torch.add(gradients.sum(1), layer.bias, alpha=beta)
+                update[start : start + len(layer.bias)] = gradients.sum(1).add_(layer.bias, alpha=beta)
+                start += len(layer.bias)
         return update
 
 
 def _backward(layers: Sequence[_Layer], log_p: Tensor, labels: Tensor) -> None:
     """Fill in the layers' gradients from (N, C) log-probabilities and (N, 1) labels."""
-    top = layers[-1]
-    top.gradients.copy_(log_p).exp_().scatter_add_(1, labels, torch.full_like(log_p[:, :1], -1))
-    for i in reversed(range(len(layers))):
-        layer = layers[i]
+    layers[-1].gradients.copy_(log_p).exp_().scatter_add_(1, labels, torch.full_like(log_p[:, :1], -1))
+    for i, layer in reversed(list(enumerate(layers))):
         if layer.relu:
             layer.gradients.mul_(layer.outputs.sign())
         if i:
             torch.mm(layer.gradients, layer.weight, out=layers[i - 1].gradients)
 
 
-def _in_range(layer: _Layer) -> bool:
-    """Return True if each sample's gradient is finite in float32, also that of a client of weight 0."""
-    largest = [float(torch.linalg.vector_norm(part, torch.inf)) for part in (layer.gradients, layer.inputs)]
-    return largest[0] * max(largest[1], 1) <= _FLOAT32_MAX
-
-
 def _rows(count: int, width: int) -> Tensor:
     """Return (count, width) float32, uninitialised, with every row aligned."""
-    size = (count, -(-width // _ALIGNED) * _ALIGNED)
-    return torch.empty(size, dtype=torch.float32, device="cpu")[:, :width]
+    return torch.empty(count, -(-width // _ALIGNED) * _ALIGNED, dtype=torch.float32, device="cpu")[:, :width]
 
 
 def group_engine(layers: Sequence[nn.Module], lr: float, weight_decay: float) -> GroupEngine | None:

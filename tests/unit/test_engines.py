@@ -129,7 +129,7 @@ class Odd(nn.Module):
         self.parts = parts
         self.shared, self.own = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(4, 5))
         self.token, self.position = nn.Parameter(torch.randn(1, 1, 5)), nn.Parameter(torch.randn(1, 3, 5))
-        self.shift, self.square = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 4))
+        self.shift, self.square = nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(4, 4))
         self.returned, self.unused = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))
         self.table = nn.Embedding(3, 4, sparse="sparse" in parts)
         self.calls = 0
