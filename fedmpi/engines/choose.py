@@ -16,7 +16,6 @@ from fedmpi.engines.graph import GraphEngine
 from fedmpi.engines.groups import GroupEngine
 from fedmpi.engines.proof import cannot, leaves_of, why_not
 from fedmpi.engines.put_back import put_back
-from fedmpi.engines.single_step import SingleStepEngine
 from fedmpi.engines.steps import Steps
 from fedmpi.errors import ModelError
 
@@ -29,12 +28,10 @@ class Engine(Protocol):
 
     Attributes:
         runs_model: True if it calls the model, which may then draw random numbers and tell training from evaluation.
-        single_steps: takes one step each for many clients at once; None: cannot.
         groups: takes the steps of a group of clients of one step at once; None: cannot.
     """
 
     runs_model: bool
-    single_steps: SingleStepEngine | None
     groups: GroupEngine | None
 
     def begin(

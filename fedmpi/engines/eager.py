@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from fedmpi.engines.gradients import gradients_of
 from fedmpi.engines.groups import GroupEngine
-from fedmpi.engines.single_step import SingleStepEngine
 from fedmpi.engines.steps import SgdEngine, batch_slices
 
 
@@ -22,7 +21,6 @@ class EagerEngine(SgdEngine):
     """
 
     runs_model = True
-    single_steps: SingleStepEngine | None = None
     groups: GroupEngine | None = None
 
     def __init__(

@@ -23,7 +23,6 @@ from fedmpi.engines.groups import GroupEngine, group_engine
 from fedmpi.engines.in_place import InPlaceSgd
 from fedmpi.engines.layers import Conv2d, Layer, Linear, by_hand
 from fedmpi.engines.proof import leaves_of
-from fedmpi.engines.single_step import SingleStepEngine, single_step_engine
 
 _KEPT_BATCH_SIZES = 2
 """Batch sizes whose buffers are kept: the full one, and what was left over at a client's end."""
@@ -66,14 +65,12 @@ class FusedEngine(InPlaceSgd):
     """SGD with momentum and weight decay for a stack; equals `EagerEngine` up to the rounding of float32."""
 
     runs_model = False
-    single_steps: SingleStepEngine | None
     groups: GroupEngine | None
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over a flattened model for which `why_not` returns None, or for which a trial has shown that it fits."""
         super().__init__(model, lr, momentum, weight_decay)
         leaves = _pool_first(leaves_of(model))
-        self.single_steps = single_step_engine(leaves, lr, weight_decay)
         self.groups = group_engine(leaves, lr, weight_decay)
         self._flat = isinstance(leaves[0], nn.Flatten)  # then the whole epoch's inputs are, at once
         self._leaves = leaves[self._flat :]
