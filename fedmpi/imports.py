@@ -31,6 +31,11 @@ def import_name(what: str, spec: str) -> Any:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, something it imports is not: the traceback says it best
         raise ConfigError(f"{what}: there is no module {module_name!r} here or in PYTHONPATH") from error
+    except SystemExit as error:
+        raise ConfigError(
+            f"{what}: module {module_name!r} calls sys.exit when it is imported: put that under if __name__ =="
+            ' "__main__"'
+        ) from error
     if not hasattr(module, name):
         raise ConfigError(f"{what}: module {module_name!r} has no {name!r}")
     return getattr(module, name)

@@ -5,7 +5,6 @@ Every function that communicates is collective; only `build_halves` looks at the
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_map import map_split
 from fedmpi.engines import groups
 from fedmpi.errors import EXIT_DONE
+from fedmpi.imports import import_name
 from fedmpi.lifecycle.exits import say
 from fedmpi.lifecycle.policies import Boundary
 from fedmpi.lifecycle.signals import Deadline, StopSignals
@@ -90,8 +90,7 @@ def run_job(
     Raises:
         FedmpiError: a mistake of the user's, on every rank alike.
     """
-    module, _, name = algorithm.partition(":")
-    cls: type[Algorithm[Any]] = getattr(importlib.import_module(module), name)
+    cls: type[Algorithm[Any]] = import_name(f"algorithm {algorithm}", algorithm)
     machine = find_machine(comm, config.device, config.threads)
     dataset = on_all(comm, lambda: load_dataset(config.dataset, config.data_dir))
     partition, split = share_partition(comm, config, dataset)

@@ -92,8 +92,10 @@ def config_of(algorithm: str) -> type[RunConfig]:
         ConfigError: "module:Class" is no algorithm.
     """
     cls = import_name(f"algorithm {algorithm}", algorithm)
+    from fedmpi.algorithm import Algorithm  # here: it loads torch
+
     config_class = getattr(cls, "Config", None)
-    if not isinstance(cls, type) or not hasattr(cls, "round"):
+    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
         raise ConfigError(f"algorithm {algorithm} must be a class derived from fedmpi.Algorithm, got {shown(cls)}")
     if not (isinstance(config_class, type) and issubclass(config_class, RunConfig)):
         raise ConfigError(f"algorithm {algorithm}: Config must be a class derived from RunConfig")
@@ -123,21 +125,32 @@ def start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Comm, T]
 
 
 def _start(argv: Sequence[str], prepare: Callable[[], T], job: Callable[[Comm, T], int]) -> int:
-    if {"-h", "--help"} & set(argv) and not speaks():
+    alone = bool({"-h", "--help"} & set(argv))
+    if alone and not speaks():
         return EXIT_DONE
-    prepared, mistake = None, None
+    prepared, mistake, crash = None, None, None
     with interrupt.Raising():
         try:
             prepared = prepare()
         except FedmpiError as error:
             mistake = error
+        except Exception as error:
+            if alone:
+                raise
+            crash = error  # of a module of the user's: told once, by `abort_on_crash`
+    if alone and mistake is not None:
+        return leave(mistake)
     try:
         net = connect()
     except LaunchError as error:
+        if crash is not None:
+            raise crash from None
         return leave(mistake or error)
     set_up_logging(net.rank, None)
     interrupt.call(lambda: end_all(net, "interrupted (Ctrl-C) before the first round", EXIT_INTERRUPTED))
     with abort_on_crash(net):
+        if crash is not None:
+            raise crash
         agree(net, mistake)
         assert prepared is not None
         return job(net, prepared)

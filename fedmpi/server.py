@@ -209,6 +209,7 @@ class Server:
         **options: Any,
     ) -> Arrived:  # fmt: skip
         half = self._half
+        half.check_algorithm()
         arrived = self._coordinator.train(
             self.round_idx, ids, rows, vectors or [half.flat], half.integer_state(),
             visit_idx=self._visit_idx(visit), collect=collect, **options,
@@ -233,6 +234,10 @@ class Server:
     ) -> Any:  # fmt: skip
         ids, rows, of_bucket = self._cohort(cohort, weights, buckets)
         several = [] if send is None else [send] if isinstance(send, Segments) else list(send)
+        for one in several:
+            flat = one.flat if isinstance(one, Segments) else None
+            if flat is None or flat.dtype != torch.float32 or flat.shape != self._half.flat.shape:
+                raise ConfigError("send takes Segments like s.model, float32: s.model.copy() is one to write into")
         chosen = _aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
         count = max(1, len(several))
         if (chosen is None and count > 1) or (
@@ -307,6 +312,14 @@ class AlgorithmServer:
         assert self.coordinator is not None
         self.reported = {}
         self.algorithm.round(Server(self, self.coordinator))
+        self.check_algorithm()
+
+    def check_algorithm(self) -> None:
+        """See that the algorithm's object is what it was: before visits, which find another rank's.
+
+        Raises:
+            ConfigError: names the attributes that have changed.
+        """
         if self._attributes is not None:
             refuse_changes(self.algorithm, self._attributes)
 

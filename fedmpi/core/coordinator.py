@@ -63,6 +63,7 @@ class Coordinator:
         self.updates: list[ClientUpdate] = []
         self.bytes_down = self.bytes_up = 0
         self._exchange_idx = 0
+        self._sample_s = 0.0  # the longest that a sample took in the last exchange
 
     def begin_round(self) -> None:
         """Forget the round before."""
@@ -160,6 +161,8 @@ class Coordinator:
         for rank, seconds in arrived.busy_s.items():
             self._timings.busy(rank, seconds)
         self._timings.collected()
+        if arrived.updates:
+            self._sample_s = max(update.seconds / max(1, update.num_samples) for update in arrived.updates)
         down = sum(segment.size for segment in self._layout.sent_down())
         self.bytes_down += 4 * len(order.cohort) * down
         if order.collect == Collect.NUMBERS:
@@ -172,8 +175,7 @@ class Coordinator:
             self.costs.observe(*(np.array(column) for column in zip(*trained, strict=True)))
 
     def _longest_client_ms(self, cohort: IntArray) -> int:
-        per_sample_s = max((update.seconds / max(1, update.num_samples) for update in self.updates), default=0.0)
-        longest_s = per_sample_s * float(self.client_sizes[cohort].max(initial=0))
+        longest_s = self._sample_s * float(self.client_sizes[cohort].max(initial=0))
         self._policy.longest_client_s = max(self._policy.longest_client_s, longest_s)
         return math.ceil(1e3 * self._policy.longest_client_s)
 

@@ -121,10 +121,8 @@ class Exchange:
             The order, on every rank, and what has arrived, on the server.
         """
         order = bcast_order(self.comm, self._vectors.marked(order, vectors))  # A  server -> all
-        sent = self._vectors.bcast(
-            order, vectors
-        )  #   B  server -> all   (V,); segments that the ranks hold are not sent
-        work = self.local_work(order, sent)  #             no communication
+        sent = self._vectors.bcast(order, vectors)  # B  server -> all  (V,); segments that ranks hold are not sent
+        work = self.local_work(order, sent)  #           no communication
         return order, collect(self.comm, order, work, self._block_bytes)  # C  all -> server: sums, rows or numbers
 
 
@@ -159,7 +157,7 @@ class SentVectors:
     def bcast(self, order: Order, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Collective. Return the vectors that go with an order, on every rank."""
         if self._comm.size == 1:
-            return list(vectors)
+            return [self._without_up(vector) for vector in vectors]
         flags = order.changed.reshape(-1, len(self._segments)).tolist()
         while len(self._held) < len(flags):
             self._make_room()
@@ -167,6 +165,14 @@ class SentVectors:
             for columns in _joined([s.columns for s, flag in zip(self._segments, row, strict=True) if flag]):
                 self._bcast_columns(i, columns, vectors)
         return list(vectors) if self._comm.is_server else self._held[: len(flags)]
+
+    def _without_up(self, vector: Tensor) -> Tensor:
+        """Return a vector as another rank would get it: zeros in segments that only go up."""
+        if self._layout.down.stop == self._layout.size:
+            return vector
+        received = torch.zeros_like(vector)
+        received[self._layout.down] = vector[self._layout.down]
+        return received
 
     def _make_room(self) -> None:
         size, device = self._layout.down.stop, torch.device("cpu") if self._comm.is_server else self._device
@@ -206,7 +212,7 @@ def bcast_order(comm: Comm, order: Order | None) -> Order:
     if comm.is_server:
         try:
             if not isinstance(order, Order):
-                raise TransferError(f"rank 0 passed {type(order).__name__}; wanted is an Order")
+                raise TransferError(f"bcast_order: rank 0 passed {type(order).__name__}; wanted is an Order")
             header, body = order.header(), order.body()
         except TransferError as error:
             mistake = error
@@ -240,7 +246,8 @@ def collect(comm: Comm, order: Order, work: LocalWork, block_bytes: int) -> Arri
         integers = comm.largest(integers if len(integers) else np.full(len(order.integers), _LEAST))
     arrived = [update for part in parts for update in part]
     ids = np.array([update.client_id for update in arrived], np.int64)
-    blocks = _blocks(comm, work, len(order.cohort), np.argsort(ids), block_bytes) if work.row_size else iter(())
+    rows = work.row_size if len(order.cohort) else 0
+    blocks = _blocks(comm, work, len(order.cohort), np.argsort(ids), block_bytes) if rows else iter(())
     if not comm.is_server:
         for _ in blocks:  # send them
             pass

@@ -128,12 +128,22 @@ class Order:
         """Return all arrays, one after the other.
 
         Raises:
-            TransferError: one is no row of integers.
+            TransferError: one is no row of integers, or not of the cohort's length.
         """
         for name in _ARRAYS:
             part = getattr(self, name)
             if not isinstance(part, np.ndarray) or part.ndim != 1 or not np.can_cast(part.dtype, np.int64):
-                raise TransferError(f"an order's {name} is {described(part)}; wanted are int64 in one row")
+                raise TransferError(
+                    f"bcast_order: rank 0 passed {name} as {described(part)}; wanted are int64 in one row"
+                )
+        lengths = {"ranks": 1, "groups": 1, "weights": len(self.unit_max)}
+        lengths |= {name: 1 for name in ("buckets", "send_idx") if len(getattr(self, name))}
+        for name, count in lengths.items():
+            if len(getattr(self, name)) != count * len(self.cohort):
+                raise TransferError(
+                    f"bcast_order: rank 0 passed {len(getattr(self, name))} {name} for {len(self.cohort)} clients;"
+                    f" wanted are {count} each"
+                )
         return np.concatenate([getattr(self, name) for name in _ARRAYS]).astype(np.int64, copy=False)
 
     @staticmethod
@@ -152,7 +162,8 @@ class Order:
         """Return the order that `header` and `body` were made from."""
         integers, lengths = header[1 : 1 + len(_INTEGERS)].tolist(), header[1 + len(_INTEGERS) :]
         parts = np.split(body, np.cumsum(lengths)[:-1])
-        return cls(**dict(zip((*_INTEGERS, *_ARRAYS), (*integers, *parts), strict=True)))
+        order = cls(**dict(zip((*_INTEGERS, *_ARRAYS), (*integers, *parts), strict=True)))
+        return dataclasses.replace(order, code=MessageCode(order.code))
 
 
 _INTEGERS = [f.name for f in dataclasses.fields(Order) if f.default_factory is dataclasses.MISSING]

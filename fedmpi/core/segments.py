@@ -116,6 +116,10 @@ class Segments:
         """Return segments of zeros, on CPU."""
         return cls(torch.zeros(layout.size, dtype=dtype, device="cpu"), layout)
 
+    def copy(self) -> Segments:
+        """Return segments with the same values, in memory of their own."""
+        return Segments(self.flat.clone(), self._layout)
+
     @property
     def w(self) -> Tensor:
         """(T,) trainable parameters."""
