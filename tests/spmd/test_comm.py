@@ -6,47 +6,30 @@ import socket
 import numpy as np
 import pytest
 import torch
-from fedmpi.core.collection import bcast_order, collect
-from fedmpi.core.messages import ClientUpdate, LocalWork, MessageCode, Order
 
 from fedmpi import PackageProcessor
-from fedmpi.core import collection
+from fedmpi.core.exchange import LocalWork, bcast_order, collect
+from fedmpi.core.order import ClientUpdate, Collect, MessageCode, Order
+from fedmpi.core.segments import Layout
+from fedmpi.core.sums import UpdateSums
 from fedmpi.errors import ConfigError, DisagreementError, TransferError
 from fedmpi.mpi import comm as comm_module
 from fedmpi.mpi import tree
 from fedmpi.mpi.setup import on_all, on_every_rank, on_root, require_same
-from fedmpi.mpi.tree import bcast_vector, gather_rows, reduce_sum
+from fedmpi.mpi.tree import bcast_vector, gather_rows, reduce_sum, sum_bins
 
 STATE = np.arange(3)
+LAYOUT = Layout(4, 0)
+SENT = [torch.zeros(4)]
 
 
-def order(code=MessageCode.PARAMETER_UPDATE, ranks=(), rows=0):
+def order(code=MessageCode.PARAMETER_UPDATE, ranks=(), collect=Collect.SUM):
     cohort = np.arange(10, 10 + len(ranks))
-    return Order(code, 7, cohort, np.array(ranks, np.int64), cohort - 3, STATE, 5, rows)
-
-
-class Recorder:
-    def __init__(self):
-        self.updates, self.blocks = {}, []
-
-    def on_receive(self, sender_rank, message_code, payload):
-        self.updates[sender_rank] = (message_code, payload)
-
-    def on_block(self, columns, rows):
-        self.blocks.append((columns, rows.copy()))
-
-
-class FakeSum:
-    def __init__(self, sums):
-        self.sums = sums
-
-    @property
-    def num_bins(self):
-        return len(self.sums)
-
-    def buffers(self, num_bins):
-        self.sums += [np.zeros_like(self.sums[0]) for _ in range(num_bins - len(self.sums))]
-        return self.sums
+    weights = cohort - 3
+    return Order(
+        code, 7, 1, 2, collect, exit_code=5, cohort=cohort, ranks=np.array(ranks, np.int64),
+        groups=np.arange(len(ranks)), weights=weights, unit_max=np.array([weights.max(initial=0)]), integers=STATE,
+    )  # fmt: skip
 
 
 def test_an_order_arrives_as_it_was_sent(net, agree):
@@ -94,42 +77,86 @@ def test_gather_rows_in_pieces_with_empty_ranks(net, agree, limit):
     agree(np.array_equal(got, want if net.is_server else np.empty((0, 3))), got)
 
 
+def test_sums_of_which_only_one_rank_opened_a_bin(net, agree):
+    sums = [np.full(4, net.rank), *([np.full(4, 100)] if net.rank == 1 else [])]
+
+    def grow(num_bins):
+        return sums + [np.zeros(4, np.int64) for _ in range(num_bins - len(sums))]
+
+    sum_bins(net, sums, grow)
+    total = [[sum(range(net.size))] * 4, [100 if net.size > 1 else 0] * 4]
+    agree(not net.is_server or [one.tolist() for one in sums] == total[: len(sums)], sums)
+    agree(not net.is_server or net.size == 1 or len(sums) == 2, sums)
+
+
 def test_collect_a_sum_with_a_bin_that_only_one_rank_opened(net, agree):
-    sums = FakeSum([np.full(4, net.rank), *([np.full(4, 100)] if net.rank == 1 else [])])
-    mine = [ClientUpdate(10 + net.rank, net.rank, 0.5, 0.1, 1 if net.rank == 1 else 0, STATE)] if net.rank else []
-    recorder = Recorder()
-    collect(net, order(ranks=range(1, net.size)), LocalWork(mine, sums), recorder)
-    if net.is_server:
-        total = sum(range(net.size))
-        ok = [s.tolist() for s in sums.sums] == [[total] * 4, [100 if net.size > 1 else 0] * 4][: len(sums.sums)]
-        ok &= [len(payload) for _, payload in recorder.updates.values()] == [0] + [1] * (net.size - 1)
-        ok &= all(code is MessageCode.GRADIENT_UPDATE for code, _ in recorder.updates.values())
-        ok &= recorder.updates[1][1][0].bin_idx == 1
-        ok &= np.array_equal(recorder.updates[1][1][0].integer_state, STATE)
-        agree(ok, (sums.sums, recorder.updates))
-    else:
-        agree(not recorder.updates, recorder.updates)
-
-
-def test_collect_rows_in_blocks_of_bounded_size(net, agree, monkeypatch):
-    monkeypatch.setattr(collection, "BLOCK_BYTES", 4 * 2 * (net.size - 1))  # two columns at a time
-    rows = [np.arange(5, dtype=np.float32) + 10 * net.rank] if net.rank else []
-    mine = [ClientUpdate(10 + net.rank, 1, 0.5, 0.1, 0, STATE)] if net.rank else []
-    recorder = Recorder()
-    collect(net, order(ranks=range(1, net.size), rows=1), LocalWork(mine, rows=rows), recorder)
+    """Client 10 + r moves by r, and by 2^10, which needs bin 1, on rank 1; weights are 7 + r."""
+    ranks = range(min(1, net.size - 1), net.size)
+    sent = order(ranks=ranks)
+    work = LocalWork(sums=UpdateSums(LAYOUT, SENT, sent), integers=STATE + net.rank if net.rank in ranks else STATE[:0])
+    if net.rank in ranks:
+        client_id = 10 + list(ranks).index(net.rank)
+        moved = np.float32(2**10 if net.rank == 1 else net.rank)
+        finite = work.sums.add(client_id, torch.full((4,), float(moved)))
+        work.updates.append(ClientUpdate(client_id, net.rank, 0.5, 0.25, int(finite), {"h": net.rank / 3}))
+    arrived = collect(net, sent, work, 2**24)
     if not net.is_server:
-        agree(not recorder.blocks, recorder.blocks)
+        agree(not arrived.updates and not arrived.busy_s, arrived)
         return
-    columns = [(c.start, c.stop) for c, _ in recorder.blocks]
-    whole = np.concatenate([block for _, block in recorder.blocks], 1)
-    want = np.stack([np.arange(5) + 10 * rank for rank in range(1, net.size)])
-    agree(columns == [(0, 2), (2, 4), (4, 5)] and np.array_equal(whole, want), (columns, whole))
+    clients = [10 + i for i in range(len(ranks))]
+    total = sum((7 + i) * (2**10 if rank == 1 else rank) for i, rank in enumerate(ranks))
+    ok = arrived.sums.total(0).w.tolist() == [total] * 4
+    ok &= [(u.client_id, u.finite, u.reported) for u in arrived.updates] == [
+        (client, 1, {"h": rank / 3}) for client, rank in zip(clients, ranks, strict=True)
+    ]
+    ok &= arrived.busy_s == {rank: 0.25 if rank in ranks else 0 for rank in range(net.size)}
+    ok &= arrived.integers.tolist() == (STATE + net.size - 1).tolist()
+    agree(ok, arrived)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 8, 2**24])
+def test_collect_rows_in_blocks_of_bounded_size(net, agree, block_bytes):
+    ranks = range(min(1, net.size - 1), net.size)
+    sent = order(ranks=list(reversed(ranks)), collect=Collect.ROWS)  # the last rank has client 10
+    rows, mine = [], []
+    if net.rank in ranks:
+        rows = [np.arange(4, dtype=np.float32) + 10 * net.rank]
+        mine = [ClientUpdate(10 + net.size - 1 - net.rank, 1, 0.5, 0.1)]
+    work = LocalWork(mine, UpdateSums(LAYOUT, SENT, sent), rows, row_size=4, integers=STATE)
+    arrived = collect(net, sent, work, len(ranks) * block_bytes)
+    blocks = list(arrived.blocks)
+    if not net.is_server:
+        agree(not blocks, blocks)
+        return
+    columns = [(c.start, c.stop) for c, _ in blocks]
+    whole = np.concatenate([block for _, block in blocks], 1)
+    want = np.stack([np.arange(4) + 10 * rank for rank in reversed(ranks)])
+    wanted = {1: [(0, 1), (1, 2), (2, 3), (3, 4)], 8: [(0, 2), (2, 4)], 2**24: [(0, 4)]}[block_bytes]
+    agree(columns == wanted and np.array_equal(whole, want), (columns, whole))
+
+
+def test_rows_of_an_empty_cohort_are_no_blocks(net, agree):
+    sent = order(collect=Collect.ROWS)
+    arrived = collect(net, sent, LocalWork(sums=UpdateSums(LAYOUT, SENT, sent), row_size=4), 2**24)
+    agree(next(arrived.blocks, None) is None)
+    agree(net.max_of(net.rank) == net.size - 1, "no message is left over")
+
+
+def test_collect_numbers_alone(net, agree):
+    before = net.bytes_sent
+    mine = [ClientUpdate(10 + net.rank, 1, 0.5, 0.1, 1, {"loss": float(net.rank)})] if net.rank else []
+    arrived = collect(net, order(ranks=range(1, net.size), collect=Collect.NUMBERS), LocalWork(mine), 2**24)
+    told = [update.reported["loss"] for update in arrived.updates]
+    agree(told == (list(range(1, net.size)) if net.is_server else []), told)
+    agree(net.bytes_sent == before, "no vector")
 
 
 def test_collect_metrics_are_summed(net, agree):
-    work = LocalWork(metrics=np.array([1, net.rank, 2, 0]))
-    collect(net, order(MessageCode.EVALUATE_PARAMS), work, Recorder())
-    agree(not net.is_server or work.metrics.tolist() == [net.size, sum(range(net.size)), 2 * net.size, 0], work.metrics)
+    work = LocalWork(metrics=np.array([1, net.rank, 2, 0]), stop=15 if net.rank == net.size - 1 else 0)
+    arrived = collect(net, order(MessageCode.EVALUATE_PARAMS), work, 2**24)
+    total = [net.size, sum(range(net.size)), 2 * net.size, 0]
+    agree(not net.is_server or arrived.metrics.tolist() == total, arrived)
+    agree(not net.is_server or arrived.signals == [(net.size - 1, 15)], arrived)
 
 
 def test_on_root_shares_results_and_mistakes(net, agree):
@@ -317,7 +344,10 @@ def test_a_receiver_notices_that_less_or_more_has_come(net, agree):
         {"cohort": np.array([1.5])},
         {"cohort": np.array([[1]])},
         {"cohort": np.arange(2)},
-        {"integer_state": np.empty(0)},
+        {"groups": np.arange(2)},
+        {"weights": np.arange(3)},
+        {"send_idx": np.arange(2)},
+        {"integers": np.empty(0)},
         {"ranks": [1]},
     ],
 )
