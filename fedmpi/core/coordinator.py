@@ -44,6 +44,7 @@ class Coordinator:
         policy: Boundary,
         timings: RoundTimings,
         grouping: Grouping | None = None,
+        block_bytes: int = 2**24,
     ) -> None:
         """Over the exchanges of a job.
 
@@ -55,10 +56,11 @@ class Coordinator:
             policy: hears of signals and of the longest visit.
             timings: hears of the parts of a round.
             grouping: of clients of one step; None: each client is trained by itself.
+            block_bytes: the server takes so much of a cohort's rows at a time.
         """
         self._exchange, self._layout, self._queue = exchange, layout, work_queue
         self._policy, self._timings, self._grouping = policy, timings, grouping
-        self.client_sizes = client_sizes
+        self.client_sizes, self._block_bytes = client_sizes, block_bytes
         self.costs = CostModel()
         self.updates: list[ClientUpdate] = []
         self.bytes_down = self.bytes_up = 0
@@ -120,6 +122,7 @@ class Coordinator:
             collect,
             num_buckets,
             longest_client_ms=self._longest_client_ms(cohort),
+            block_bytes=self._block_bytes,
             cohort=cohort,
             ranks=self._places(cohort, groups),
             groups=groups,

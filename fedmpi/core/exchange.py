@@ -99,7 +99,6 @@ class Exchange:
         local_work: Callable[[Order, list[Tensor]], LocalWork],
         device: torch.device | None = None,
         cuda_aware: bool = False,
-        block_bytes: int = 2**24,
     ) -> None:
         """Over a communicator.
 
@@ -109,9 +108,8 @@ class Exchange:
             local_work: see above.
             device: where a trainer wants the vectors; None: CPU.
             cuda_aware: MPI writes them straight to that device.
-            block_bytes: the server holds this much of the cohort's rows at a time, however many clients take part.
         """
-        self.comm, self.local_work, self._block_bytes = comm, local_work, block_bytes
+        self.comm, self.local_work = comm, local_work
         self._vectors = SentVectors(comm, layout, device or torch.device("cpu"), cuda_aware)
 
     def __call__(self, order: Order | None = None, vectors: Sequence[Tensor] = ()) -> tuple[Order, Arrived]:
@@ -123,7 +121,7 @@ class Exchange:
         order = bcast_order(self.comm, self._vectors.marked(order, vectors))  # A  server -> all
         sent = self._vectors.bcast(order, vectors)  # B  server -> all  (V,); segments that ranks hold are not sent
         work = self.local_work(order, sent)  #           no communication
-        return order, collect(self.comm, order, work, self._block_bytes)  # C  all -> server: sums, rows or numbers
+        return order, collect(self.comm, order, work)  #           C  all -> server: sums, rows or numbers
 
 
 class SentVectors:
@@ -230,7 +228,7 @@ def bcast_order(comm: Comm, order: Order | None) -> Order:
     return received
 
 
-def collect(comm: Comm, order: Order, work: LocalWork, block_bytes: int) -> Arrived:
+def collect(comm: Comm, order: Order, work: LocalWork) -> Arrived:
     """Collective. Bring to the server what the ranks did for `order`."""
     if order.code == MessageCode.EXIT:
         return Arrived()
@@ -247,7 +245,7 @@ def collect(comm: Comm, order: Order, work: LocalWork, block_bytes: int) -> Arri
     arrived = [update for part in parts for update in part]
     ids = np.array([update.client_id for update in arrived], np.int64)
     rows = work.row_size if len(order.cohort) else 0
-    blocks = _blocks(comm, work, len(order.cohort), np.argsort(ids), block_bytes) if rows else iter(())
+    blocks = _blocks(comm, work, order, np.argsort(ids)) if rows else iter(())
     if not comm.is_server:
         for _ in blocks:  # send them
             pass
@@ -261,10 +259,10 @@ def _given(signals: list[int]) -> list[tuple[int, int]]:
 
 
 def _blocks(
-    comm: Comm, work: LocalWork, num_rows: int, ascending: IntArray, block_bytes: int
+    comm: Comm, work: LocalWork, order: Order, ascending: IntArray
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Collective. Yield one block of columns of all ranks' rows after the other, on the server."""
-    step = max(1, block_bytes // (4 * max(1, num_rows)))
+    step = max(1, order.block_bytes // (4 * len(order.cohort)))
     room = np.empty(0, np.float32)  # one for all blocks: malloc would keep more than it gives back
     for start in range(0, work.row_size, step):
         columns = slice(start, min(start + step, work.row_size))

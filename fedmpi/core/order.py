@@ -67,6 +67,7 @@ class Order:
         num_buckets: exact sums to form per segment.
         exit_code: what the process returns, with EXIT.
         longest_client_ms: the longest that a client took so far, or may take now; 0: unknown.
+        block_bytes: the server takes so much of the cohort's rows at a time.
         cohort: (K,) client ids, ascending.
         ranks: (K,) the rank that each of them is placed on; or, if negative, -1 - the place of its unit in the queue
             from which idle trainers draw.
@@ -87,6 +88,7 @@ class Order:
     num_buckets: int = 1
     exit_code: int = 0
     longest_client_ms: int = 0
+    block_bytes: int = 2**24
     cohort: IntArray = field(default_factory=_none)
     ranks: IntArray = field(default_factory=_none)
     groups: IntArray = field(default_factory=_none)

@@ -85,13 +85,13 @@ class Session:
         self.comm, self._half, self._visitor, self._device = comm, half, visitor, device
         self._facts, self._schedule, self._eval_every = facts or {}, schedule, eval_every
         self._observers, self._policy, self._grouping = observers, policy or Boundary(), grouping
-        self._timings = RoundTimings(comm)
+        self._timings, self._block_bytes = RoundTimings(comm), block_bytes
         self._worker = Worker(comm, visitor, evaluator, signals) if visitor is not None else None
         part = half or visitor
         assert part is not None, "a rank has a half"
         self._layout: Layout = part.layout
         work = self._server_work if half is not None else self._trainer_work
-        self._exchange = Exchange(comm, self._layout, work, device, cuda_aware, block_bytes)
+        self._exchange = Exchange(comm, self._layout, work, device, cuda_aware)
         self._loop: ServerLoop | None = None
         self.coordinator: Coordinator | None = None
         self.client_sizes = np.empty(0, np.int64)
@@ -129,8 +129,9 @@ class Session:
             self._worker.queue = queue
         if self._half is not None:
             self.coordinator = Coordinator(
-                self._exchange, self._layout, self.client_sizes, queue, self._policy, self._timings, self._grouping
-            )
+                self._exchange, self._layout, self.client_sizes, queue, self._policy, self._timings, self._grouping,
+                self._block_bytes,
+            )  # fmt: skip
             self._loop = ServerLoop(
                 comm, self._half, self.coordinator, self._timings, self._policy, self._eval_every, self._observers
             )

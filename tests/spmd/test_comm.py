@@ -23,11 +23,11 @@ LAYOUT = Layout(4, 0)
 SENT = [torch.zeros(4)]
 
 
-def order(code=MessageCode.PARAMETER_UPDATE, ranks=(), collect=Collect.SUM):
+def order(code=MessageCode.PARAMETER_UPDATE, ranks=(), collect=Collect.SUM, block_bytes=2**24):
     cohort = np.arange(10, 10 + len(ranks))
     weights = cohort - 3
     return Order(
-        code, 7, 1, 2, collect, exit_code=5, cohort=cohort, ranks=np.array(ranks, np.int64),
+        code, 7, 1, 2, collect, exit_code=5, block_bytes=block_bytes, cohort=cohort, ranks=np.array(ranks, np.int64),
         groups=np.arange(len(ranks)), weights=weights, unit_max=np.array([weights.max(initial=0)]), integers=STATE,
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_collect_a_sum_with_a_bin_that_only_one_rank_opened(net, agree):
         moved = np.float32(2**10 if net.rank == 1 else net.rank)
         finite = work.sums.add(client_id, torch.full((4,), float(moved)))
         work.updates.append(ClientUpdate(client_id, net.rank, 0.5, 0.25, int(finite), {"h": net.rank / 3}))
-    arrived = collect(net, sent, work, 2**24)
+    arrived = collect(net, sent, work)
     if not net.is_server:
         agree(not arrived.updates and not arrived.busy_s, arrived)
         return
@@ -117,13 +117,15 @@ def test_collect_a_sum_with_a_bin_that_only_one_rank_opened(net, agree):
 @pytest.mark.parametrize("block_bytes", [1, 8, 2**24])
 def test_collect_rows_in_blocks_of_bounded_size(net, agree, block_bytes):
     ranks = range(min(1, net.size - 1), net.size)
-    sent = order(ranks=list(reversed(ranks)), collect=Collect.ROWS)  # the last rank has client 10
+    sent = order(
+        ranks=list(reversed(ranks)), collect=Collect.ROWS, block_bytes=len(ranks) * block_bytes
+    )  # the last rank has client 10
     rows, mine = [], []
     if net.rank in ranks:
         rows = [np.arange(4, dtype=np.float32) + 10 * net.rank]
         mine = [ClientUpdate(10 + net.size - 1 - net.rank, 1, 0.5, 0.1)]
     work = LocalWork(mine, UpdateSums(LAYOUT, SENT, sent), rows, row_size=4, integers=STATE)
-    arrived = collect(net, sent, work, len(ranks) * block_bytes)
+    arrived = collect(net, sent, work)
     blocks = list(arrived.blocks)
     if not net.is_server:
         agree(not blocks, blocks)
@@ -137,7 +139,7 @@ def test_collect_rows_in_blocks_of_bounded_size(net, agree, block_bytes):
 
 def test_rows_of_an_empty_cohort_are_no_blocks(net, agree):
     sent = order(collect=Collect.ROWS)
-    arrived = collect(net, sent, LocalWork(sums=UpdateSums(LAYOUT, SENT, sent), row_size=4), 2**24)
+    arrived = collect(net, sent, LocalWork(sums=UpdateSums(LAYOUT, SENT, sent), row_size=4))
     agree(next(arrived.blocks, None) is None)
     agree(net.max_of(net.rank) == net.size - 1, "no message is left over")
 
@@ -145,7 +147,7 @@ def test_rows_of_an_empty_cohort_are_no_blocks(net, agree):
 def test_collect_numbers_alone(net, agree):
     before = net.bytes_sent
     mine = [ClientUpdate(10 + net.rank, 1, 0.5, 0.1, 1, {"loss": float(net.rank)})] if net.rank else []
-    arrived = collect(net, order(ranks=range(1, net.size), collect=Collect.NUMBERS), LocalWork(mine), 2**24)
+    arrived = collect(net, order(ranks=range(1, net.size), collect=Collect.NUMBERS), LocalWork(mine))
     told = [update.reported["loss"] for update in arrived.updates]
     agree(told == (list(range(1, net.size)) if net.is_server else []), told)
     agree(net.bytes_sent == before, "no vector")
@@ -153,7 +155,7 @@ def test_collect_numbers_alone(net, agree):
 
 def test_collect_metrics_are_summed(net, agree):
     work = LocalWork(metrics=np.array([1, net.rank, 2, 0]), stop=15 if net.rank == net.size - 1 else 0)
-    arrived = collect(net, order(MessageCode.EVALUATE_PARAMS), work, 2**24)
+    arrived = collect(net, order(MessageCode.EVALUATE_PARAMS), work)
     total = [net.size, sum(range(net.size)), 2 * net.size, 0]
     agree(not net.is_server or arrived.metrics.tolist() == total, arrived)
     agree(not net.is_server or arrived.signals == [(net.size - 1, 15)], arrived)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fedmpi import Aggregators, ClientPassiveManager, ClientSGDTrainer, ServerManager, SyncParameterServerHandler
-from fedmpi.core import visits
+from fedmpi.core import session
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.errors import ConfigError, DisagreementError
+from fedmpi.fedlab import visits
 from fedmpi.mpi.setup import on_root
 
 NUM_CLIENTS = 7
@@ -55,8 +56,9 @@ class Recorder:
     def on_round(self, record):
         self.records.append(record)
 
-    def on_end(self, handler):
+    def on_end(self, half):
         self.ended += 1
+        assert half.round_idx == len(self.records)
 
 
 def toy_evaluator():
@@ -75,12 +77,10 @@ def train(
         else None
     )
     if net.is_server:
-        eval_every, collect = options.pop("eval_every", 0), options.pop("collect", "auto")
+        of_manager = {name: options.pop(name) for name in ("eval_every", "block_bytes") if name in options}
         options = {"num_clients": NUM_CLIENTS, "cohort_size": 5, "rounds": 3, "seed": 11, **options}
         handler = handler_class(make_model(), **options)
-        manager = ServerManager(
-            net, handler, local, eval_every=eval_every, collect=collect, observers=[recorder], facts=facts
-        )
+        manager = ServerManager(net, handler, local, observers=[recorder], facts=facts, **of_manager)
         code = manager.run()
         result = handler.model_parameters.numpy().tobytes(), recorder.records, recorder.ended, handler.integer_state()
     else:
@@ -110,15 +110,6 @@ def test_the_result_is_that_of_one_rank_alone(net, alone, agree):
     agree(np.array_equal(state, state_alone) and state[0] > 0, state)
 
 
-def test_gather_gives_the_bits_of_reduce(net, agree, monkeypatch):
-    from fedmpi.core import collection
-
-    _, summed, *_ = train(net, collect="reduce")
-    monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
-    _, gathered, *_ = train(net, collect="gather")
-    agree(summed == gathered)
-
-
 class WholeMean(SyncParameterServerHandler):
     """FedAvg once more, over whole vectors, by the inherited method."""
 
@@ -138,30 +129,20 @@ class BlockMedian(SyncParameterServerHandler):
         return Aggregators.median_aggregate(rows)
 
 
-def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agree, monkeypatch):
-    from fedmpi.core import collection
-
-    monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
-    _, by_hand, *_ = train(net, WholeMean)
+@pytest.mark.parametrize("block_bytes", [200, 2**24])
+def test_an_overridden_update_model_sees_whole_vectors_in_cohort_order(net, agree, block_bytes):
+    """Rows travel when the handler needs them, and give the bits of the sum that travels otherwise."""
+    _, by_hand, *_ = train(net, WholeMean, block_bytes=block_bytes)
     _, summed, *_ = train(net)
     agree(by_hand == summed)
 
 
-def test_a_median_over_vectors_and_over_blocks_is_the_same_on_any_ranks(net, alone, agree, monkeypatch):
-    from fedmpi.core import collection
-
+def test_a_median_over_vectors_and_over_blocks_is_the_same_on_any_ranks(net, alone, agree):
     _, whole, *_ = train(net, Median)
-    monkeypatch.setattr(collection, "BLOCK_BYTES", 200)
-    _, blocks, *_ = train(net, BlockMedian)
+    _, blocks, *_ = train(net, BlockMedian, block_bytes=200)
     _, single, *_ = train(alone, Median)
     _, mean, *_ = train(net)
     agree(whole == blocks == single != mean)
-
-
-def test_reduce_is_refused_for_a_handler_that_needs_rows(net):
-    if net.is_server:
-        with pytest.raises(ConfigError, match="--collect reduce sums updates on the way, but Median needs each one"):
-            ServerManager(net, Median(Toy(), NUM_CLIENTS), collect="reduce")
 
 
 def test_rank_is_client_plus_one(net, agree):
@@ -217,10 +198,8 @@ def test_other_options_on_other_ranks_are_refused(net):
 
 def test_the_cpu_of_the_server_is_compared_with_the_trainers(net, agree, caplog, monkeypatch):
     """It makes the initial weights."""
-    from fedmpi.core import manager
-
     monkeypatch.setattr(logging.getLogger("fedmpi"), "propagate", True)
-    monkeypatch.setattr(manager, "capability", lambda device: "old" if net.is_server else "new")
+    monkeypatch.setattr(session, "capability", lambda device: "old" if net.is_server else "new")
     train(net)
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     expected = "CPU or GPU model is old on rank 0 but new on rank"
@@ -287,11 +266,8 @@ def masked_trainer():
     return ClientSGDTrainer(model, loader_of, 1, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss())
 
 
-def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree, monkeypatch):
+def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree):
     """One round: every server's running statistics are those of FedAvg, and the mask is what it was."""
-    from fedmpi.core import collection
-
-    monkeypatch.setattr(collection, "BLOCK_BYTES", 100)
     options = {"make_model": Masked, "make_trainer": masked_trainer, "rounds": 1, "eval_every": 1}
     _, plain, *_ = train(net, **options)
     want = np.frombuffer(plain, np.float32)[34:]
@@ -302,7 +278,7 @@ def test_buffers_end_as_the_plain_mean_whatever_the_server_does(net, agree, monk
         (NoBuffers, {}),
         (Zeroed, {}),
     ]:
-        code, bits, records, *_ = train(net, handler, **options, **more)
+        code, bits, records, *_ = train(net, handler, block_bytes=100, **options, **more)
         got = np.frombuffer(bits, np.float32)
         agree(code == 0 and records[0].loss is not None, (handler.__name__, code, records))
         agree(got[34:].tobytes() == want.tobytes(), f"{handler.__name__}: {got[34:]}, wanted {want}")
@@ -389,7 +365,7 @@ def test_a_trainer_that_keeps_something_is_tried_unless_each_client_has_a_rank(n
 
 def test_the_round_loop_pickles_nothing(net, agree, monkeypatch):
     """Between the set-up and EXIT no lower-case call of mpi4py is made."""
-    from fedmpi.core.manager import NetworkManager
+    from fedmpi.fedlab.managers import NetworkManager
 
     calls: list[str] = []
     real = net._comm
@@ -411,8 +387,8 @@ def test_the_round_loop_pickles_nothing(net, agree, monkeypatch):
 
     original = NetworkManager.run
     monkeypatch.setattr(NetworkManager, "run", counted_run)
-    for collect in ("reduce", "gather"):
-        train(net, eval_every=1, collect=collect)
+    for handler in (SyncParameterServerHandler, WholeMean, BlockMedian):
+        train(net, handler, eval_every=1)
     agree(not calls, calls)
 
 
