@@ -180,7 +180,7 @@ def nothing_to_do(folder: RunFolder, server: AlgorithmServer | None, rounds: int
     if folder.stored is None or server is None:
         return False
     with folder.fits():
-        server.load_state_dict(folder.stored["server"]["half"])
+        server.load_state_dict(folder.stored["server"]["handler"])
         at_its_end = server.finished()
     done = server.round_idx
     if done > rounds:

@@ -155,22 +155,22 @@ class SentVectors:
     def bcast(self, order: Order, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Collective. Return the vectors that go with an order, on every rank."""
         if self._comm.size == 1:
-            return [self._without_up(vector) for vector in vectors]
+            return [self._as_sent(vector) for vector in vectors]
         flags = order.changed.reshape(-1, len(self._segments)).tolist()
         while len(self._held) < len(flags):
             self._make_room()
         for i, row in enumerate(flags):
             for columns in _joined([s.columns for s, flag in zip(self._segments, row, strict=True) if flag]):
                 self._bcast_columns(i, columns, vectors)
-        return list(vectors) if self._comm.is_server else self._held[: len(flags)]
+        return [self._as_sent(one) for one in vectors] if self._comm.is_server else self._held[: len(flags)]
 
-    def _without_up(self, vector: Tensor) -> Tensor:
-        """Return a vector as another rank would get it: zeros in segments that only go up."""
+    def _as_sent(self, vector: Tensor) -> Tensor:
+        """Return one of the server's vectors as ranks receive it: zero in segments that only go up."""
         if self._layout.down.stop == self._layout.size:
             return vector
-        received = torch.zeros_like(vector)
-        received[self._layout.down] = vector[self._layout.down]
-        return received
+        sent = torch.zeros_like(vector)
+        sent[self._layout.down] = vector[self._layout.down]
+        return sent
 
     def _make_room(self) -> None:
         size, device = self._layout.down.stop, torch.device("cpu") if self._comm.is_server else self._device
@@ -239,9 +239,9 @@ def collect(comm: Comm, order: Order, work: LocalWork) -> Arrived:
     parts = [unpack_updates(part) for part in np.split(packed, np.cumsum(counts)[:-1])] if counts else []
     if work.sums is not None:
         work.sums.sum_over_ranks(comm)
-    integers = work.integers
+    integers = np.empty(0, np.int64)
     if len(order.integers) and order.collect != Collect.NUMBERS:
-        integers = comm.largest(integers if len(integers) else np.full(len(order.integers), _LEAST))
+        integers = comm.largest(work.integers if len(work.integers) else np.full(len(order.integers), _LEAST))
     arrived = [update for part in parts for update in part]
     ids = np.array([update.client_id for update in arrived], np.int64)
     rows = work.row_size if len(order.cohort) else 0

@@ -80,11 +80,11 @@ class Order:
         integers: (B,) the model's integer buffers.
     """
 
-    code: int
+    code: MessageCode
     round_idx: int = 0
     exchange_idx: int = 0
     visit_idx: int = 0
-    collect: int = Collect.SUM
+    collect: Collect = Collect.SUM
     num_buckets: int = 1
     exit_code: int = 0
     longest_client_ms: int = 0
@@ -164,8 +164,8 @@ class Order:
         """Return the order that `header` and `body` were made from."""
         integers, lengths = header[1 : 1 + len(_INTEGERS)].tolist(), header[1 + len(_INTEGERS) :]
         parts = np.split(body, np.cumsum(lengths)[:-1])
-        order = cls(**dict(zip((*_INTEGERS, *_ARRAYS), (*integers, *parts), strict=True)))
-        return dataclasses.replace(order, code=MessageCode(order.code))
+        values = dict(zip((*_INTEGERS, *_ARRAYS), (*integers, *parts), strict=True))
+        return cls(**{**values, "code": MessageCode(values["code"]), "collect": Collect(values["collect"])})
 
 
 _INTEGERS = [f.name for f in dataclasses.fields(Order) if f.default_factory is dataclasses.MISSING]

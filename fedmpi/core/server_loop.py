@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmpi.core.coordinator import Coordinator, last_good
 from fedmpi.core.evaluate import Metrics
-from fedmpi.core.order import IntArray
+from fedmpi.core.order import ClientUpdate, IntArray
 from fedmpi.core.record import Observer, RoundRecord
 from fedmpi.core.segments import Layout
 from fedmpi.core.timings import RoundTimings
@@ -147,13 +147,18 @@ class ServerLoop:
     def _diverged(self, error: DivergedError, kept: dict[str, Any] | None) -> int:
         self.failure = error
         if kept is not None:
-            state = {**self.state_dict(), "half": kept}
+            state = {**self.state_dict(), "handler": kept}
             self._policy.keep(int(kept["round_idx"]), lambda: state, wait=True)
         logger.error("%s", error)
         return error.exit_code
 
     def _report(self, metrics: Metrics | None) -> None:
-        half, updates = self._half, sorted(self._coordinator.updates, key=lambda update: update.client_id)
+        half = self._half
+        visits: dict[int, ClientUpdate] = {}
+        for update in self._coordinator.updates:  # of several visits of a round, the last one with a loss
+            if update.client_id not in visits or not math.isnan(update.loss):
+                visits[update.client_id] = update
+        updates = [visits[client_id] for client_id in sorted(visits)]
         num_samples = sum(update.num_samples for update in updates)
         loss = sum(u.num_samples * u.loss for u in updates if u.num_samples) / max(num_samples, 1)
         record = RoundRecord(
@@ -175,12 +180,12 @@ class ServerLoop:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, between two rounds."""
         pace = {"ranks": self._comm.size, **self._policy.state_dict()}
-        kept = {"half": self._half.state_dict(), "costs": self._coordinator.costs.moments, "pace": pace}
+        kept = {"handler": self._half.state_dict(), "costs": self._coordinator.costs.moments, "pace": pace}
         return {**kept, "elapsed_s": self._timings.elapsed_s}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, before `run`."""
-        self._half.load_state_dict(state["half"])
+        self._half.load_state_dict(state["handler"])
         self._timings.resume(float(state.get("elapsed_s", 0.0)))
         if state["pace"]["ranks"] == self._comm.size:
             self._coordinator.costs.moments = state["costs"]
