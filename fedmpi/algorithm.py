@@ -26,7 +26,8 @@ from fedmpi.config import RunConfig
 from fedmpi.core.segments import Extra, Segments
 from fedmpi.engines.steps import Steps
 from fedmpi.errors import ConfigError
-from fedmpi.server import Result, Server, ServerState
+from fedmpi.server import Result, Server
+from fedmpi.server_state import ServerState
 
 __all__ = ["Algorithm", "Batch", "Client", "Clip", "Result", "Segments", "Server", "ServerState", "Steps", "Transform"]
 

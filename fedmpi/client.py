@@ -22,7 +22,7 @@ from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.order import IntArray, Order
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.segments import Segments
-from fedmpi.core.vector import flatten, layout_of, load_integer_state
+from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_state
 from fedmpi.core.worker import Visit
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
@@ -54,7 +54,6 @@ class Client:
         round_idx: the round.
         num_samples: n.
         sent: what the server sent; read-only.
-        loss_value: mean training loss of its steps; NaN when there was none.
     """
 
     def __init__(self, visitor: ClientVisitor, order: Order, client_id: int, sent: Tensor, may_defer: bool) -> None:
@@ -63,8 +62,8 @@ class Client:
         self.num_samples = len(visitor.data.partition[client_id])
         self.sent = Segments(sent, visitor.layout)
         self.reported: dict[str, float] = {}
-        self.loss_value = math.nan
         self.deferred = False
+        self._loss = math.nan
         self._visitor, self._order, self._may_defer = visitor, order, may_defer
         self._begun, self._fresh, self._passes = False, False, 0
         self._back = Segments(visitor.back, visitor.layout)
@@ -75,6 +74,13 @@ class Client:
         self.settle()
         self._fresh = False
         return self._back
+
+    @property
+    def loss_value(self) -> float:
+        """Mean training loss of the steps of the first `sgd`; NaN when there was none."""
+        if self.deferred:
+            self.settle()
+        return self._loss
 
     def sgd(
         self,
@@ -103,11 +109,19 @@ class Client:
 
         Returns:
             How many steps there were, and the sum of the coefficients with which gradients enter them.
+
+        Raises:
+            ConfigError: a vector is not (T,).
         """
-        config = self._visitor.config
+        config, sent = self._visitor.config, self.sent.w
+        for name, vector in {"start": start, "anchor": anchor, "drift": drift}.items():
+            _check_size(name, vector, sent)
+        start, anchor = (None if _is_same(vector, sent) else vector for vector in (start, anchor))
         passes = config.local_epochs if epochs is None else epochs
         one_step = passes == 1 and 0 < self.num_samples <= (config.batch_size or self.num_samples)
-        plain = start is None and drift is None and lr is None and only is None and (not prox or anchor is None)
+        if one_step and start is None and anchor is None:
+            prox = 0.0  # there is no pull where the only step begins
+        plain = start is None and drift is None and lr is None and only is None and not prox
         if self._may_defer and plain and one_step and not self._begun and not self._passes:
             self.deferred, self._passes = True, 1
             return Steps(1, 1.0)
@@ -188,28 +202,38 @@ class Client:
         visitor = self._visitor
         visitor.check_model(self.round_idx)
         w = self._back.w
-        if start is not None or not self._fresh:
-            w.copy_(self.sent.w if start is None else start)
-        self._fresh = False
         constant = None
         if prox or drift is not None:
             constant = torch.zeros_like(w, dtype=torch.float64) if drift is None else drift.to(torch.float64)
             constant = constant.sub(self.sent.w if anchor is None else anchor, alpha=prox).to(torch.float32)
+        if start is not None or not self._fresh:
+            w.copy_(self.sent.w if start is None else start)
+        self._fresh = False
         visitor.engine.begin(lr=lr, prox=prox, constant=constant, only=None if only is None else visitor.named(only))
         size = min(visitor.config.batch_size or self.num_samples, self.num_samples)
         losses: list[float] = []
         for inputs, labels in self._epochs(passes):
             losses += visitor.engine.epoch(inputs, labels, size).tolist()
-        if losses and math.isnan(self.loss_value):
-            self.loss_value = math.fsum(losses) / len(losses)
+        if losses and math.isnan(self._loss):
+            self._loss = math.fsum(losses) / len(losses)
         return visitor.engine.steps()
+
+
+def _check_size(name: str, vector: Tensor | None, w: Tensor) -> None:
+    if vector is not None and vector.shape != w.shape:
+        raise ConfigError(f"{name} must have the shape of k.sent.w, {tuple(w.shape)}, got {tuple(vector.shape)}")
+
+
+def _is_same(vector: Tensor | None, w: Tensor) -> bool:
+    return vector is not None and vector.data_ptr() == w.data_ptr() and vector.dtype == w.dtype
 
 
 class _Elsewhere:
     """The trainable parameters with other values for a while."""
 
     def __init__(self, w: Tensor, values: Tensor | None) -> None:
-        self._w, self._values = w, None if values is None or values.data_ptr() == w.data_ptr() else values
+        _check_size("at", values, w)
+        self._w, self._values = w, None if _is_same(values, w) else values
 
     def __enter__(self) -> None:
         if self._values is not None:
@@ -285,7 +309,7 @@ class ClientVisitor:
             raise ModelError(
                 f"{type(self.algorithm).__name__} writes into k.sent, which other clients read: copy it first"
             )
-        return Visit(k.num_samples, k.loss_value, k.reported, k.deferred)
+        return Visit(k.num_samples, math.nan if k.deferred else k.loss_value, k.reported, k.deferred)
 
     def step_together(self, order: Order, client_ids: Sequence[int], sent: Tensor) -> tuple[Tensor, list[float], bool]:
         """Take the one step of clients that put it off; see `core.worker.Visitor`."""
@@ -325,14 +349,17 @@ class ClientVisitor:
     def evaluate(self, client_id: int) -> Metrics:
         """Return the metrics of the model at hand on a client's own samples; its buffers stay."""
         indices = self.data.partition[client_id]
+        if not len(indices):
+            return Metrics(math.nan, None, 0)
 
         def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
             inputs, labels = self.data.take(indices[start:stop])
             return laid_out(inputs, self.memory_format), labels
 
-        kept = self.back[self.layout.vector].clone()
+        kept, integers = self.back[self.layout.vector].clone(), integer_state(self.model)
         sums = Evaluator(len(indices), load).evaluate(self.model, 0, 1)
         self.back[self.layout.vector].copy_(kept)
+        load_integer_state(self.model, integers)
         return metrics_of(sums)
 
     def named(self, pattern: str) -> list[slice]:

@@ -30,6 +30,7 @@ from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.segments import Layout, Segments
 from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_state
 from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.server_state import ServerState, as_tensor, with_tensors
 
 if TYPE_CHECKING:
     from fedmpi.algorithm import Algorithm
@@ -55,13 +56,6 @@ class Result(Segments):
         """See `Segments`."""
         super().__init__(flat, layout)
         self.reported = reported
-
-
-class ServerState(dict[str, Any]):
-    """What the server keeps from round to round, by name: tensors, numbers, text, and lists and dicts of these.
-
-    It is in every checkpoint, and comes back from it.
-    """
 
 
 class Server:
@@ -147,9 +141,10 @@ class Server:
         ids, weights, _ = self._cohort(cohort, None, None)
         arrived = self._train(ids, weights, visit, Collect.ROWS)
         flat = apply_rule(arrived.blocks, self._half.layout, self._half.flat, rule, "a rule of columns")
-        result = Result(flat, self._half.layout, self._reported(arrived.updates, ids, weights[0]))
+        result = Result(flat, self._half.layout, self._note(arrived.updates, ids, weights[0]))
         assert arrived.sums is not None
-        result.b.copy_(self.model.b.to(torch.float64) + arrived.sums.mean(0).b)
+        if len(ids):
+            result.b.copy_(self.model.b.to(torch.float64) + arrived.sums.mean(0).b)
         return self._decoded(result)
 
     def rows(self, cohort: ArrayLike, visit: Visitation) -> Mapping[int, Segments]:
@@ -157,7 +152,7 @@ class Server:
         ids, weights, _ = self._cohort(cohort, None, None)
         arrived = self._train(ids, weights, visit, Collect.ROWS)
         values = whole_rows(arrived.blocks, self._half.layout, len(ids))
-        self._reported(arrived.updates, ids, weights[0])
+        self._note(arrived.updates, ids, weights[0])
         return {
             client_id: Segments(row, self._half.layout) for client_id, row in zip(ids.tolist(), values, strict=True)
         }
@@ -166,7 +161,7 @@ class Server:
         """Visit clients; return only the numbers that the visits reported, by client id."""
         ids, rows, _ = self._cohort(clients, None, None)
         arrived = self._train(ids, rows, visit, Collect.NUMBERS)
-        self._reported(arrived.updates, ids, rows[0])
+        self._note(arrived.updates, ids, rows[0])
         return {update.client_id: dict(update.reported) for update in arrived.updates}
 
     def step(self, segment: str, update: Tensor, lr: float = 1.0) -> None:
@@ -190,9 +185,10 @@ class Server:
         ids, order = checked_cohort(cohort, self.num_clients)
         sizes = self.client_sizes[ids]
         if isinstance(weights, Mapping):
+            known = [part.name for part in self._half.layout.segments if part.direction != "down"]  # also an empty b
+            if unknown := set(weights) - set(known):
+                raise ConfigError(f"weights by segment name {', '.join(known)}, got {', '.join(sorted(unknown))}")
             names = [segment.name for segment in self._half.layout.sent_up()]
-            if unknown := set(weights) - set(names):
-                raise ConfigError(f"weights by segment name {', '.join(names)}, got {', '.join(sorted(unknown))}")
             rows = [self._weights(weights[name], order) if name in weights else sizes for name in names]
         else:
             rows = [sizes if weights is None else self._weights(weights, order)]
@@ -234,10 +230,13 @@ class Server:
     ) -> Any:  # fmt: skip
         ids, rows, of_bucket = self._cohort(cohort, weights, buckets)
         several = [] if send is None else [send] if isinstance(send, Segments) else list(send)
-        for one in several:
-            flat = one.flat if isinstance(one, Segments) else None
-            if flat is None or flat.dtype != torch.float32 or flat.shape != self._half.flat.shape:
-                raise ConfigError("send takes Segments like s.model, float32: s.model.copy() is one to write into")
+        for part in several:
+            flat = part.flat if isinstance(part, Segments) else None
+            if flat is None or flat.dtype != torch.float32 or flat.shape != self.model.flat.shape:
+                found = f"{flat.dtype} {tuple(flat.shape)}" if flat is not None else f"a {type(part).__name__}"
+                raise ConfigError(
+                    f"send takes Segments of {len(self.model.flat)} float32, such as s.model.clone(), got {found}"
+                )
         chosen = _aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
         count = max(1, len(several))
         if (chosen is None and count > 1) or (
@@ -253,10 +252,11 @@ class Server:
         )  # fmt: skip
         assert arrived.sums is not None
         units = self._units(weights, rows) if total else {}
+        self._note(arrived.updates, ids, rows[0])
         results = []
         for bucket in range(num_buckets):
             inside = np.ones(len(ids), bool) if of_bucket is None else of_bucket == bucket
-            reported = self._reported(arrived.updates, ids[inside], rows[0][inside])
+            reported = _means(arrived.updates, ids[inside], rows[0][inside])
             summed = arrived.sums.total(bucket) if total else arrived.sums.mean(bucket)
             for name, unit in units.items():
                 summed[name].mul_(unit)
@@ -273,15 +273,9 @@ class Server:
             if one is not None
         }
 
-    def _reported(self, updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
-        """Return the weighted means of what visits of these clients reported."""
-        weight_of = dict(zip(ids.tolist(), weights.tolist(), strict=True))
-        inside = [update for update in updates if update.client_id in weight_of]
-        means = {}
-        for name in sorted({name for update in inside for name in update.reported}):
-            told = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
-            whole = sum(weight for weight, _ in told)
-            means[name] = math.fsum(weight * value for weight, value in told) / whole if whole else math.nan
+    def _note(self, updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
+        """Return the weighted means of what the visits of an exchange reported, and keep them for the history."""
+        means = _means(updates, ids, weights)
         self._half.reported = {**self._half.reported, **means}
         return means
 
@@ -322,6 +316,7 @@ class AlgorithmServer:
         """
         if self._attributes is not None:
             refuse_changes(self.algorithm, self._attributes)
+        self.state.check()
 
     def finished(self) -> bool:
         """Return True once --rounds are done, or the last evaluation reached --target-accuracy."""
@@ -359,20 +354,19 @@ class AlgorithmServer:
         load_integer_state(self.model, np.asarray(state["integers"]))
         self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
         self.state.clear()
-        self.state.update(_with_tensors(state["state"]))
+        self.state.update(with_tensors(state["state"]))
 
 
-def as_tensor(values: Any) -> Tensor:
-    """Return an array or a tensor as a tensor."""
-    return torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.as_tensor(values)
-
-
-def _with_tensors(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_tensors(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(item) for item in value]
-    return as_tensor(value) if isinstance(value, np.ndarray) else value
+def _means(updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
+    """Return the weighted means of what visits of these clients reported, by name; NaN if the weights are 0."""
+    weight_of = dict(zip(ids.tolist(), weights.tolist(), strict=True))
+    inside = [update for update in updates if update.client_id in weight_of]
+    means = {}
+    for name in sorted({name for update in inside for name in update.reported}):
+        told = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
+        whole = sum(weight for weight, _ in told)
+        means[name] = math.fsum(weight * value for weight, value in told) / whole if whole else math.nan
+    return means
 
 
 def _aligned(values: ArrayLike | None, order: IntArray, name: str) -> IntArray | None:

@@ -105,20 +105,20 @@ class Layout:
 class Segments:
     """A flat vector by its named parts, which are views."""
 
-    __slots__ = ("_layout", "flat")
+    __slots__ = ("flat", "layout")
 
     def __init__(self, flat: Tensor, layout: Layout) -> None:
         """Name the parts of `flat` (V,)."""
-        self.flat, self._layout = flat, layout
+        self.flat, self.layout = flat, layout
 
     @classmethod
     def zeros(cls, layout: Layout, dtype: torch.dtype = torch.float64) -> Segments:
         """Return segments of zeros, on CPU."""
         return cls(torch.zeros(layout.size, dtype=dtype, device="cpu"), layout)
 
-    def copy(self) -> Segments:
-        """Return segments with the same values, in memory of their own."""
-        return Segments(self.flat.clone(), self._layout)
+    def clone(self) -> Segments:
+        """Return a copy in memory of its own."""
+        return Segments(self.flat.clone(), self.layout)
 
     @property
     def w(self) -> Tensor:
@@ -133,7 +133,7 @@ class Segments:
     @property
     def vector(self) -> Tensor:
         """(P,) the model: `w`, then `b`."""
-        return self.flat[self._layout.vector]
+        return self.flat[self.layout.vector]
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a segment by its name.
@@ -141,8 +141,8 @@ class Segments:
         Raises:
             KeyError: there is no such segment.
         """
-        return self.flat[self._layout[name].columns]
+        return self.flat[self.layout[name].columns]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
-        return (segment.name for segment in self._layout.segments)
+        return (segment.name for segment in self.layout.segments)
