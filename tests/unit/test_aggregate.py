@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fedmpi.core.aggregate import Aggregators
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from fedmpi.fedlab.aggregate import Aggregators
 
 rows = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 7), st.integers(1, 5)), elements=st.floats(-(2.0**100), 2.0**100, width=32)

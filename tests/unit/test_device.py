@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from fedmpi.core.trainer import ClientSGDTrainer
 
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.errors import ConfigError
+from fedmpi.fedlab.trainer import ClientSGDTrainer
 from fedmpi.machine import device
 from fedmpi.mpi.processes import note_node_rank
 

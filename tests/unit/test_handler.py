@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedmpi.core.aggregate import Aggregators
-from fedmpi.core.handler import ParameterServerBackendHandler, SyncParameterServerHandler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.errors import ConfigError
+from fedmpi.fedlab.aggregate import Aggregators
+from fedmpi.fedlab.handler import ParameterServerBackendHandler, SyncParameterServerHandler
 
 
 def handler(num_clients: int = 100, model: nn.Module | None = None, **options: Any) -> SyncParameterServerHandler:

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fedmpi.core.handler import SyncParameterServerHandler
 from torch import nn
 
 from fedmpi.config import RunConfig
 from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
+from fedmpi.fedlab.handler import SyncParameterServerHandler
 from fedmpi.lifecycle import lock as lock_module
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.report import run_folder

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.messages import RoundRecord
 from torch import nn
 
 from fedmpi.config import RunConfig
+from fedmpi.core.record import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError
+from fedmpi.fedlab.handler import SyncParameterServerHandler
 from fedmpi.lifecycle.checkpoint import snapshot, write_state
 from fedmpi.options import parse, result_hash
 from fedmpi.report import progress, run_folder

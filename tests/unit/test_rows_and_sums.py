@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.core.trainer import ClientSGDTrainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedmpi.core.exactsum import ExactSum
+from fedmpi.fedlab.handler import SyncParameterServerHandler
+from fedmpi.fedlab.trainer import ClientSGDTrainer
 
 SIZES = [2, 11, 5, 8]
 CLIENTS = range(len(SIZES))

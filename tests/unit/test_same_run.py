@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fedmpi.core.handler import SyncParameterServerHandler
 from torch import nn
 
 from fedmpi.config import RunConfig
@@ -21,6 +20,7 @@ from fedmpi.data.datasets import DATASETS, load_dataset
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_pickle import Manifest, write_partition
 from fedmpi.errors import ConfigError
+from fedmpi.fedlab.handler import SyncParameterServerHandler
 from fedmpi.options import option, parse
 from fedmpi.report.history import flat_rows
 from fedmpi.report.identity import identity, model_parts, sources

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedmpi.core.trainer import Batches, ClientSGDTrainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, TensorDataset
 
 from fedmpi.core.exactsum import ExactSum
 from fedmpi.errors import ModelError
+from fedmpi.fedlab.trainer import Batches, ClientSGDTrainer
 
 TARGETS = [2.0, 3.0, 0.0]
 
