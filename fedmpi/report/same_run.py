@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedmpi.config import RunConfig
 from fedmpi.errors import ConfigError, shown
@@ -96,13 +97,15 @@ def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
         raise ValueError(f"it holds round {shown(done)}, its name says {round_of_name}")
     if type(num_bytes) is not int or num_bytes < 0:
         raise ValueError(f"history_bytes {shown(num_bytes)}")
-    for name, (array, dtype, shape) in {
-        "vector": (server["handler"]["vector"], np.float32, None),
-        "integers": (server["handler"]["integers"], np.int64, None),
-        "costs": (server.get("costs", np.zeros(5)), np.float64, (5,)),
-    }.items():
-        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (shape or (array.size,)):
-            raise ValueError(f"{name} {shown(array)}")
+    for name, value, kind, dtype in (
+        ("vector", server["handler"]["vector"], torch.Tensor, torch.float32),
+        ("integers", server["handler"]["integers"], np.ndarray, np.int64),
+        ("costs", server.get("costs", np.zeros(5)), np.ndarray, np.float64),
+    ):
+        if not isinstance(value, kind) or value.dtype != dtype or value.ndim != 1:
+            raise ValueError(f"{name} {shown(value)}")
+    if len(server.get("costs", range(5))) != 5:
+        raise ValueError("costs of another length")
     seconds = {"elapsed_s": server.get("elapsed_s", 0.0), **server.get("pace", {})}
     for name, value in seconds.items():
         if not isinstance(value, int | float) or not 0 <= value < _CENTURIES_S:

@@ -219,7 +219,7 @@ class Momentum(SyncParameterServerHandler):
         return super().state_dict() | {"velocity": self.velocity}
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.velocity = None if state["velocity"] is None else torch.from_numpy(state["velocity"])
+        self.velocity = state["velocity"]
 
 def handler(model, config):
     plain = FEDAVG.handler(model, config)
