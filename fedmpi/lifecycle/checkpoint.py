@@ -25,7 +25,15 @@ import safetensors.torch
 import torch
 
 from fedmpi.errors import CheckpointError, FilesystemError
-from fedmpi.lifecycle.files import atomic_write, free_path, open_regular, refuse_odd, remove_temps, sync_folder
+from fedmpi.lifecycle.files import (
+    atomic_write,
+    free_path,
+    open_regular,
+    os_errors,
+    refuse_odd,
+    remove_temps,
+    sync_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +96,8 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged, cut, of another version, or none of ours; it says how.
     """
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with os_errors(CheckpointError, "cannot be read", "{} ({})"), os.fdopen(open_regular(path), "rb") as file:
             return _read(file)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError, RuntimeError, OverflowError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"does not hold what its header promises ({type(error).__name__})") from error
     except MemoryError as error:
@@ -206,12 +212,12 @@ class Checkpoints:
         self._damaged: list[Path] = []
 
     def names(self) -> list[Path]:
-        """The files, the newest first: by the round in their name, for clocks jump."""
+        """Return the files, the newest first: by the round in their name, for clocks jump."""
         found = [path for path in self.folder.glob("round-*.ckpt") if _NAME.fullmatch(path.name)]
         return sorted(found, key=_round_of, reverse=True)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole; None if there was never one. A damaged newer one is said in a line.
+        """Return the newest state that is whole; None if there was never one. A damaged newer one is said in a line.
 
         Raises:
             CheckpointError: there are some, and none is whole; or a newer one is of another version.
@@ -245,12 +251,10 @@ class Checkpoints:
             FilesystemError: it cannot be written.
         """
         self._ask()
-        try:
+        with os_errors(FilesystemError, f"{self.folder}: cannot be written", "{} ({})"):
             self.folder.mkdir(exist_ok=True)
             for path in self._damaged:
                 path.rename(free_path(path.with_name(path.name + ".damaged")))
-        except OSError as error:
-            raise FilesystemError(f"{self.folder}: cannot be written ({error.strerror})") from error
         remove_temps(self.folder)
 
     @property
@@ -289,11 +293,10 @@ class Checkpoints:
             before()
             path = self.folder / f"round-{round_idx:06}.ckpt"
             atomic_write(path, lambda file: write_state(file, copied), self._ask)
-            for old in self.names()[GENERATIONS:]:
-                old.unlink(missing_ok=True)
-            sync_folder(self.folder)
-        except OSError as error:
-            self._error = FilesystemError(f"{self.folder}: cannot be tidied up ({error.strerror})")
+            with os_errors(FilesystemError, f"{self.folder}: cannot be tidied up", "{} ({})"):
+                for old in self.names()[GENERATIONS:]:
+                    old.unlink(missing_ok=True)
+                sync_folder(self.folder)
         except BaseException as error:  # noqa: BLE001  # whatever it is: `finish` raises it in the main thread
             self._error = error
         self.longest_s = max(self.longest_s, time.monotonic() - self._began_s)

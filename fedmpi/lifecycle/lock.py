@@ -26,7 +26,7 @@ from types import TracebackType
 
 from fedmpi.errors import FilesystemError, shown
 from fedmpi.lifecycle import progress
-from fedmpi.lifecycle.files import read_regular, temp_path
+from fedmpi.lifecycle.files import os_errors, read_regular, temp_path
 from fedmpi.mpi.processes import process_stat
 
 HEARTBEAT_S = 10.0
@@ -83,10 +83,8 @@ class FileLock:
         pause_s, told = 0.02, False
         while True:
             me = _me()
-            try:
+            with os_errors(FilesystemError, f"lock {self.path} cannot be created"):
                 holder = _try_acquire(self.path, me, self._sightings)
-            except OSError as error:
-                raise FilesystemError(f"lock {self.path} cannot be created: {error.strerror or error}") from error
             if holder is None:
                 break
             # whoever created it just now is still writing its name; one dated in the future is watched
@@ -126,14 +124,14 @@ class FileLock:
         Raises:
             FilesystemError: another process took it over, or somebody removed it.
         """
-        try:
-            holder = _read(self.path)
-        except FileNotFoundError:
-            raise FilesystemError(
-                f"{self.what} is no longer this job's: {self.path} was removed, another job may have used the folder"
-            ) from None
-        except OSError as error:
-            raise FilesystemError(f"lock {self.path} cannot be read: {error.strerror or error}") from error
+        with os_errors(FilesystemError, f"lock {self.path} cannot be read"):
+            try:
+                holder = _read(self.path)
+            except FileNotFoundError:
+                raise FilesystemError(
+                    f"{self.what} is no longer this job's: {self.path} was removed, another job may have used the"
+                    " folder"
+                ) from None
         if holder is None or holder.token != self._token:
             raise FilesystemError(
                 f"{self.what} is in use by {holder or 'an unknown process'}: it took the folder over from this job,"

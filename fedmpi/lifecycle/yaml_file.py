@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmpi.errors import ConfigError, shown
-from fedmpi.lifecycle.files import read_regular
+from fedmpi.lifecycle.files import os_errors, read_regular
 
 MOST_BYTES = 2**16
 _MOST_NODES = 5000
@@ -26,11 +26,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml  # here: `import fedmpi.config` alone stays instant
 
     try:
-        text = read_regular(Path(path), MOST_BYTES, follow=True).decode()
+        with os_errors(ConfigError, f"--config {path}: cannot be read", "{} ({})"):
+            text = read_regular(Path(path), MOST_BYTES, follow=True).decode()
         _refuse_bombs(text)
         values = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (ValueError, yaml.YAMLError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         raise ConfigError(f"--config {path}: not YAML: {shown(str(error), 160)}") from error
     if values is None:

@@ -26,7 +26,7 @@ from fedmpi.core.server_loop import ServerHalf
 from fedmpi.core.vector import model_state
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError, shown
 from fedmpi.lifecycle.checkpoint import Checkpoints
-from fedmpi.lifecycle.files import atomic_write, free_path, refuse_odd, remove_temps
+from fedmpi.lifecycle.files import atomic_write, free_path, os_errors, refuse_odd, remove_temps
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.options import to_yaml
 from fedmpi.report.history import History, check_history
@@ -69,7 +69,7 @@ class RunFolder:
             ConfigError: it holds a run with other settings or data, or `--resume must` finds nothing to go on from.
             CheckpointError: its checkpoints are damaged.
         """
-        self.path = _fresh(config) if config.run_dir is None else _make(Path(config.run_dir))
+        self.path = _new_folder(config) if config.run_dir is None else _named_folder(Path(config.run_dir))
         self._lock = FileLock(self.path / LOCK, timeout_s=0, what=f"--run-dir {self.path}")
         self._lock.__enter__()
         self._checkpoints = Checkpoints(self.path / CHECKPOINTS, self._lock.require)
@@ -184,11 +184,9 @@ class RunFolder:
     def _move(self, path: Path, new: Path) -> None:
         """Rename, to a name that nothing has."""
         self._lock.require()
-        try:
+        with os_errors(FilesystemError, f"{path}: cannot be renamed", "{} ({})"):
             new.parent.mkdir(exist_ok=True)
             path.rename(free_path(new))
-        except OSError as error:
-            raise FilesystemError(f"{path}: cannot be renamed ({error.strerror})") from error
 
     def _write(self, name: str, content: bytes) -> None:
         atomic_write(self.path / name, content, self._lock.require)
@@ -254,25 +252,22 @@ class RunFolder:
         self._lock.__exit__(None, None, None)
 
 
-def _fresh(config: RunConfig) -> Path:
-    """A new folder under runs/, also when other jobs start in the same second."""
+def _new_folder(config: RunConfig) -> Path:
+    """Make a new folder under runs/, also when other jobs start in the same second."""
     model = re.sub(r"[^\w.-]+", "_", config.model)
     name = f"{config.dataset}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 10_000):
         path = Path("runs") / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise FilesystemError(f"{path}: cannot be made ({error.strerror}); --run-dir names another") from error
+        with os_errors(FilesystemError, f"{path}: cannot be made", "{} ({}); --run-dir names another"):
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
         return path
     raise FilesystemError(f"runs/{name}: ten thousand folders of this second exist; --run-dir names another")
 
 
-def _make(path: Path) -> Path:
-    try:
+def _named_folder(path: Path) -> Path:
+    with os_errors(FilesystemError, f"--run-dir {path}: cannot be made", "{} ({})"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FilesystemError(f"--run-dir {path}: cannot be made ({error.strerror})") from error
     return path
