@@ -159,6 +159,10 @@ def test_numbers_as_people_write_them_in_yaml(text: str, config_file: Any) -> No
         ("--rounds -1", "--rounds must be an integer in [1, inf), got -1"),
         ("--rounds 0", "--rounds must be an integer in [1, inf), got 0"),
         ("--rounds 2.5", "--rounds must be an integer in [1, inf), got 2.5"),
+        ("--rounds 010", "--rounds must be an integer in [1, inf), got 010"),
+        ("--rounds 0x10", "--rounds must be an integer in [1, inf), got 0x10"),
+        ("--rounds 1_000", "--rounds must be an integer in [1, inf), got 1_000"),
+        ("--client-lr 00.5", "--client-lr must be a number in (0, inf), got 00.5"),
         ("--rounds true", "--rounds must be an integer in [1, inf), got True"),
         ("--batch-size -1", "--batch-size must be an integer in [0, inf), got -1"),
         ("--num-clients 0", "--num-clients must be an integer in [1, inf), got 0"),
@@ -225,6 +229,12 @@ def test_empty_text_is_refused(name: str) -> None:
         ("client_lr: [0.1]", "--client-lr must be a number in (0, inf), got [0.1]"),
         ("client_lr: true", "--client-lr must be a number in (0, inf), got True"),
         ("rounds: 1e3", "--rounds must be an integer in [1, inf), got 1000.0"),
+        ("rounds: 010", "--rounds must be an integer in [1, inf), got 010"),
+        ("rounds: 0x10", "--rounds must be an integer in [1, inf), got 0x10"),
+        ("rounds: 1_000", "--rounds must be an integer in [1, inf), got 1_000"),
+        ("rounds: 1:30", "--rounds must be an integer in [1, inf), got 1:30"),
+        ("client_lr: 010", "--client-lr must be a number in (0, inf), got 010"),
+        ("client_lr: 1_0.5", "--client-lr must be a number in (0, inf), got 1_0.5"),
         ("rounds: null", "--rounds must be an integer in [1, inf), got None"),
         ("threads: null", "--threads must be an integer in [1, 1024] or auto, got None"),
         ("dataset: null", "--dataset must be mnist, fashion-mnist, cifar10, digits, synthetic, got None"),
@@ -248,6 +258,9 @@ def test_what_is_refused_in_yaml(content: str, message: str, config_file: Any) -
         ("- rounds\n- 3\n", "wanted a map of option: value, got a list"),
         ("3", "wanted a map of option: value, got a int"),
         ("1: 2", "wanted a map of option: value, got a dict"),
+        ("rounds: 3\nseed: 1\nrounds: 4\n", "not YAML: rounds is given twice"),
+        ("client_lr: 3\nclient-lr: 4\n", "not YAML: client_lr is given twice"),
+        ("provenance: {a: 1, a: 2}\n", "not YAML: a is given twice"),
         ("config: other.yaml", "a file cannot name another one (config: other.yaml)"),
     ],
 )
@@ -368,6 +381,13 @@ def other_than_default() -> RunConfig:
     return RunConfig(**chosen, verbose=True)
 
 
+@pytest.mark.parametrize("text", ["010", "0x10", "1e-3", "1e3", "1_000", "true", "null", "~", "3", "1:30", "&a", "*a"])
+def test_text_that_looks_like_something_else_is_written_as_text(text: str, config_file: Any) -> None:
+    config = RunConfig(model=text)
+    assert run_config(*config_file(to_yaml(config, {}))) == config
+    assert run_config("--model", text) == config
+
+
 @pytest.mark.parametrize("config", [RunConfig(), other_than_default(), RunConfig(client_lr=1e-300, seed=2**63 - 1)])
 def test_what_is_written_reads_back_equal(config: RunConfig, config_file: Any) -> None:
     provenance = {"torch": "2.4", "ranks": 3, "capability": ["AVX2"], "note": "Grüße"}
@@ -436,7 +456,7 @@ sys.argv = ["fedavg", *sys.argv[1:]]
 try:
     runpy.run_module("fedmpi.fedavg", run_name="__main__")
 except SystemExit as end:
-    names = ("torch", "torchvision", "mpi4py", "numpy", "jsonargparse", "yaml")
+    names = ("torch", "torchvision", "mpi4py", "numpy", "yaml")
     loaded = [name for name in names if name in sys.modules]
     sys.stderr.write(json.dumps([end.code, loaded]))
 """
@@ -458,7 +478,7 @@ def test_help_loads_neither_torch_nor_mpi() -> None:
 def test_import_of_the_package_loads_nothing_heavy() -> None:
     code = (
         "import sys, fedmpi, fedmpi.config\n"
-        "heavy = {'torch', 'numpy', 'mpi4py', 'jsonargparse', 'yaml'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'mpi4py', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
