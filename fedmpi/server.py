@@ -336,7 +336,7 @@ class AlgorithmServer:
         Raises:
             CheckpointError: it is of another model.
         """
-        vector = as_tensor(state["vector"])
+        vector = state["vector"]
         if vector.shape != self.flat.shape or len(state["integers"]) != len(self.integer_state()):
             raise CheckpointError(
                 f"the checkpoint holds {len(vector):,} vector entries, this model has {len(self.flat):,}"
@@ -346,20 +346,7 @@ class AlgorithmServer:
         load_integer_state(self.model, np.asarray(state["integers"]))
         self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
         self.state.clear()
-        self.state.update(_with_tensors(state["state"]))
-
-
-def as_tensor(values: Any) -> Tensor:
-    """Return an array or a tensor as a tensor."""
-    return torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.as_tensor(values)
-
-
-def _with_tensors(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_tensors(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(item) for item in value]
-    return as_tensor(value) if isinstance(value, np.ndarray) else value
+        self.state.update(state["state"])
 
 
 def _aligned(values: ArrayLike | None, order: IntArray, name: str) -> IntArray | None:

@@ -71,7 +71,16 @@ class History:
         Raises:
             FilesystemError: the line cannot be written, or the file is no longer what was written.
         """
-    """Return one row per round of a `history.jsonl`, for `pandas.DataFrame`: timings and reported numbers are columns."""
+        fields = dataclasses.asdict(record)
+        if not record.reported:
+            del fields["reported"]
+        line = (json.dumps(fields, allow_nan=False) + "\n").encode()
+        with self._lock, self._os_errors():
+            self._put_right()
+            self._may_write()
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
             self._digest.update(line)
             self.num_bytes += len(line)
 
@@ -137,7 +146,7 @@ def read_history(path: Path) -> list[RoundRecord]:
 
 
 def flat_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Return one row per round of a `history.jsonl`, for `pandas.DataFrame`: timings and reported numbers are columns."""
+    """Return one row per round, for `pandas.DataFrame`: timings and reported numbers are columns."""
     rows = [dataclasses.asdict(record) for record in read_history(Path(path))]
     return [row | row.pop("timings") | row.pop("reported") for row in rows]
 

@@ -100,7 +100,7 @@ class RunFolder:
                 same_version = not self._version or stored["made_with"].get("fedmpi") == self._version
                 refuse_other_run(self.path, stored["run"], self._what, same_version)
                 check_numbers(stored, self._checkpoints.loaded_round)
-                done, num_bytes = stored["server"]["handler"]["round_idx"], stored["history_bytes"]
+                done, num_bytes = stored["server"]["half"]["round_idx"], stored["history_bytes"]
                 check_history(self.path / HISTORY, num_bytes, done, stored.get("history_sha256"))
         return stored
 
@@ -142,7 +142,7 @@ class RunFolder:
         if self.stored is None:
             self._put_aside()
         else:
-            num_bytes, done = self.stored["history_bytes"], self.stored["server"]["handler"]["round_idx"]
+            num_bytes, done = self.stored["history_bytes"], self.stored["server"]["half"]["round_idx"]
             with self.fits():
                 self._changes = [shown(text, 500) for text in list(self.stored.get("changes", []))[-100:]]
                 self._warn(done, self.stored["made_with"], provenance)

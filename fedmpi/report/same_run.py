@@ -92,14 +92,14 @@ def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
         ValueError: it is not; names it.
     """
     server = stored["server"]
-    done, num_bytes = server["handler"]["round_idx"], stored["history_bytes"]
+    done, num_bytes = server["half"]["round_idx"], stored["history_bytes"]
     if type(done) is not int or done != round_of_name:
         raise ValueError(f"it holds round {shown(done)}, its name says {round_of_name}")
     if type(num_bytes) is not int or num_bytes < 0:
         raise ValueError(f"history_bytes {shown(num_bytes)}")
     for name, value, kind, dtype in (
-        ("vector", server["handler"]["vector"], torch.Tensor, torch.float32),
-        ("integers", server["handler"]["integers"], np.ndarray, np.int64),
+        ("vector", server["half"]["vector"], torch.Tensor, torch.float32),
+        ("integers", server["half"]["integers"], np.ndarray, np.int64),
         ("costs", server.get("costs", np.zeros(5)), np.ndarray, np.float64),
     ):
         if not isinstance(value, kind) or value.dtype != dtype or value.ndim != 1:

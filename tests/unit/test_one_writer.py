@@ -41,13 +41,13 @@ class Run:
     def begin(self) -> Run:
         self.folder.begin(self.config, MADE_WITH)
         if self.folder.stored:
-            self.server.load_state_dict(self.folder.stored["server"]["handler"])
+            self.server.load_state_dict(self.folder.stored["server"]["half"])
         else:
             self.keep()
         return self
 
     def keep(self) -> None:
-        self.folder.write(self.server.round_idx, {"handler": self.server.state_dict()})
+        self.folder.write(self.server.round_idx, {"half": self.server.state_dict()})
         self.folder.finish()
 
     def round(self) -> None:
@@ -378,10 +378,10 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("history_bytes",),
         ("history_sha256",),
         ("server",),
-        ("server", "handler"),
-        ("server", "handler", "round_idx"),
-        ("server", "handler", "vector"),
-        ("server", "handler", "integers"),
+        ("server", "half"),
+        ("server", "half", "round_idx"),
+        ("server", "half", "vector"),
+        ("server", "half", "integers"),
         ("server", "costs"),
         ("server", "elapsed_s"),
         ("server", "pace"),

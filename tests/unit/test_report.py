@@ -241,13 +241,13 @@ def train(folder: RunFolder, config: RunConfig, finish: bool = True) -> SyncPara
     server = SyncParameterServerHandler(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 3)
     folder.begin(config, {**MADE_WITH, **DATA})
     if folder.stored is not None:
-        server.load_state_dict(folder.stored["server"]["handler"])
+        server.load_state_dict(folder.stored["server"]["half"])
     else:
-        folder.write(0, {"handler": server.state_dict()})
+        folder.write(0, {"half": server.state_dict()})
     while server.round_idx < 1:
         folder.on_round(RECORD)
         server.round_idx = 1
-        folder.write(1, {"handler": server.state_dict()})
+        folder.write(1, {"half": server.state_dict()})
     folder.finish()
     if finish:
         folder.on_end(server)
@@ -318,7 +318,7 @@ def test_a_finished_run_is_found_and_left_alone(folders: Any, tmp_path: Path) ->
     for same in (config, dataclasses.replace(config, **harmless)):
         folder = folders(same)
         assert folder.finished
-        assert folder.stored["server"]["handler"]["round_idx"] == 1
+        assert folder.stored["server"]["half"]["round_idx"] == 1
         folder.close()
     assert contents(tmp_path / "run") == held
 

@@ -53,7 +53,7 @@ def life(tmp_path: Path) -> Iterator[Callable[..., RunFolder]]:
         opened.append(folder)
         folder.begin(config, made_with)
         if folder.stored is None:
-            folder.write(0, {"handler": SyncParameterServerHandler(nn.Linear(2, 2), 3).state_dict()})
+            folder.write(0, {"half": SyncParameterServerHandler(nn.Linear(2, 2), 3).state_dict()})
             folder.finish()
         folder.close()
         return folder
