@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Set
 from typing import Literal
 
-from fedmpi.core.cohort import cohort_size
 from fedmpi.errors import ConfigError
 from fedmpi.options import flag_of, option
 
@@ -133,6 +132,8 @@ class RunConfig(DataConfig):
     @property
     def clients_per_round(self) -> int:
         """`cohort_size`, else `sample_ratio` x `num_clients` to the nearest integer (half up), at least 1."""
+        from fedmpi.core.cohort import cohort_size  # here: `import fedmpi.config` alone stays instant
+
         if self.cohort_size is not None:
             return self.cohort_size
         return cohort_size(self.num_clients, 0.1 if self.sample_ratio is None else self.sample_ratio)

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fedmpi.core.handler import SyncParameterServerHandler
 from torch import nn
 
 from fedmpi.config import RunConfig
 from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
+from fedmpi.fedavg import FedAvg
 from fedmpi.lifecycle import lock as lock_module
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.report import run_folder
 from fedmpi.report.history import History, read_history
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.server import AlgorithmServer
 from tests.unit.test_files import claim
 from tests.unit.test_report import DATA, MADE_WITH, RECORD
 
@@ -36,7 +37,7 @@ class Run:
     def __init__(self, path: Path, **options: Any) -> None:
         self.config = RunConfig(run_dir=str(path), **options)
         self.folder = RunFolder(self.config, DATA)
-        self.server = SyncParameterServerHandler(nn.Linear(2, 2), 3)
+        self.server = AlgorithmServer(FedAvg(self.config), nn.Linear(2, 2), self.config)
 
     def begin(self) -> Run:
         self.folder.begin(self.config, MADE_WITH)

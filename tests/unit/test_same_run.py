@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fedmpi.core.handler import SyncParameterServerHandler
 from torch import nn
 
 from fedmpi.config import RunConfig
@@ -21,12 +20,14 @@ from fedmpi.data.datasets import DATASETS, load_dataset
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_pickle import Manifest, write_partition
 from fedmpi.errors import ConfigError
+from fedmpi.fedavg import FedAvg
 from fedmpi.options import option, parse
 from fedmpi.report.history import flat_rows
 from fedmpi.report.identity import identity, model_parts, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.server import AlgorithmServer
 from tests.unit.test_report import DATA, MADE_WITH, RECORD
 
 
@@ -53,7 +54,7 @@ def life(tmp_path: Path) -> Iterator[Callable[..., RunFolder]]:
         opened.append(folder)
         folder.begin(config, made_with)
         if folder.stored is None:
-            folder.write(0, {"half": SyncParameterServerHandler(nn.Linear(2, 2), 3).state_dict()})
+            folder.write(0, {"half": AlgorithmServer(FedAvg(config), nn.Linear(2, 2), config).state_dict()})
             folder.finish()
         folder.close()
         return folder
