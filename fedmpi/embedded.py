@@ -102,7 +102,7 @@ def _run(
         prepared = recipe, config, slurm_deadline(os.environ) if speaks() else None
     except FedmpiError as error:
         mistake = error
-    if mistake is not None and not any(one.size > 1 for one in announced()):
+    if mistake is not None and not any(job.size > 1 for job in announced()):
         raise mistake
     net = connect()
     if net.size == 1:

@@ -171,7 +171,7 @@ def leave(error: FedmpiError) -> int:
 
 
 def before_mpi(config: RunConfig) -> None:
-    """What must be known, or done, before MPI starts."""
+    """Check and prepare all that must be ready before MPI starts."""
     _allow_open_files()
     check_partition_options(config)
     if config.ethernet is not None:

@@ -29,7 +29,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        """Nothing is caught yet."""
+        """Begin without catching a signal."""
         self._wishes = [signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: a terminal that closes is no wish
             self._wishes.append(signal.SIGHUP)
@@ -74,7 +74,7 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class Deadline:
-    """When this job's time is over.
+    """The end of this job's time.
 
     Attributes:
         at: by `time.monotonic`, which no change of the clock moves.
@@ -122,13 +122,13 @@ def earlier(*deadlines: Deadline | None) -> Deadline | None:
 def slurm_seconds_left(job: str, environ: Mapping[str, str], patience_s: float = _SLURM_ANSWERS_S) -> float | None:
     """Return the seconds that Slurm gives `job`; else by the end time in the environment; None: no limit is known."""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%L"],
             capture_output=True, text=True, timeout=patience_s, env=dict(environ), check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
-        told = None
-    answer = told.stdout.strip() if told is not None and told.returncode == 0 else "?"
+        done = None
+    answer = done.stdout.strip() if done is not None and done.returncode == 0 else "?"
     left_s = parse_slurm_time(answer)
     if left_s is not None or answer in ("", "UNLIMITED", "NOT_SET"):  # "": a variable left over in this shell
         return left_s
@@ -139,7 +139,7 @@ def slurm_seconds_left(job: str, environ: Mapping[str, str], patience_s: float =
 
 
 def parse_slurm_time(text: str) -> float | None:
-    """Return the seconds of Slurm's [days-][[hours:]minutes:]seconds, as in "1-02:03:04", "59:30" or "0:07"; else None."""
+    """Return the seconds of Slurm's [days-][[hours:]minutes:]seconds, as in "1-02:03:04" or "0:07"; else None."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return None

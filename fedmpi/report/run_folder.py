@@ -25,7 +25,7 @@ from fedmpi.core.record import RoundRecord
 from fedmpi.core.server_loop import ServerHalf
 from fedmpi.core.vector import model_state
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError, shown
-from fedmpi.lifecycle.checkpoint import Checkpoints
+from fedmpi.lifecycle.checkpoints import Checkpoints
 from fedmpi.lifecycle.files import atomic_write, free_path, os_errors, refuse_odd, remove_temps
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.options import to_yaml
@@ -106,7 +106,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def fits(self) -> Iterator[None]:
-        """Around what takes the checkpoint apart: it is whole, but may be of another algorithm or another's making.
+        """Refuse a checkpoint that does not hold what the code inside takes from it.
 
         Raises:
             CheckpointError: a part is missing, or of another kind.
@@ -126,7 +126,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run came to its end."""
         return (self.path / MODEL).exists()
 
     def begin(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
@@ -192,7 +192,7 @@ class RunFolder:
         atomic_write(self.path / name, content, self._lock.require)
 
     def on_round(self, record: RoundRecord) -> None:
-        """One line in history.jsonl."""
+        """Append a line to history.jsonl."""
         self._history.on_round(record)
 
     @property
@@ -207,7 +207,7 @@ class RunFolder:
 
     @property
     def how_to_go_on(self) -> str:
-        """What to type."""
+        """The advice for a job that goes on from here."""
         return f"to go on, run the same command with --run-dir {self.path}"
 
     def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
@@ -227,7 +227,7 @@ class RunFolder:
         self._checkpoints.finish()
 
     def note_stop(self, reason: str) -> None:
-        """In a file that slurm/fedavg.sbatch looks for."""
+        """Write the file that slurm/fedavg.sbatch looks for."""
         with contextlib.suppress(FilesystemError):  # the job ends in any case
             self._write(STOPPED, f"{reason}\n".encode())
 

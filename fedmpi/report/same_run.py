@@ -1,4 +1,4 @@
-"""Whether a job may go on with a run: what must be as it was, and what may differ at a price."""
+"""The check that a job may go on with a run: some facts must be as they were, others may differ at a price."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MISSING = "nothing of that name"
 def description(
     config: RunConfig, data: Mapping[str, object], identity: Mapping[str, Mapping[str, object]]
 ) -> dict[str, dict[str, Any]]:
-    """What makes a run this one.
+    """Return the facts that make a run this one.
 
     Args:
         config: the options; rounds may be added to a run, so their number is not part of it.
@@ -76,7 +76,7 @@ def refuse_other_run(
 
 
 def _differing(part: str, other: str) -> str:
-    """What of a part's description the other one lacks; empty: nothing."""
+    """Return the words of a part's description that the other one lacks."""
     known = other.split("; ")
     return "; ".join(text for text in part.split("; ") if text not in known) or "no more than that"
 
@@ -86,7 +86,7 @@ def _is_default(name: str, value: object) -> bool:
 
 
 def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
-    """See that what is used without another look is what it must be.
+    """See that numbers which nothing else checks are in range.
 
     Raises:
         ValueError: it is not; names it.
@@ -113,7 +113,7 @@ def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
 
 
 def changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """By what other means the rest of a run is computed than its beginning, for one line; empty: by the same."""
+    """Return the means by which the rest of a run is computed otherwise than its beginning, as text; empty: none."""
     differing = [
         f"{name} {_said(stored.get(name))}, now {_said(given.get(name))}"
         for name in _DECIDES_BITS
@@ -123,7 +123,7 @@ def changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def changed_sources(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Which source files of the user's own functions are not what they were, for one line; empty: none."""
+    """Return the source files of the user's own functions that have changed, as text; empty: none."""
     before, now = stored.get("sources") or {}, given.get("sources") or {}
     differing = [
         f"{shown(role)} in {shown(where['file'], 300)} ({_digest(before.get(role))}, now {_digest(where)})"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from fedmpi.lifecycle.checkpoint import Checkpoints
+from fedmpi.lifecycle.checkpoints import Checkpoints
 from tests.e2e.conftest import SMALL
 
 LONGER = [*SMALL, "--rounds", "6", "--checkpoint-every", "2"]
@@ -41,15 +41,15 @@ POINTS = [
     (TRAINER, ">fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (SERVER, "<fedmpi.report.history:History.on_round", 4),
     (SERVER, "/pathlib:Path.open", 12),
-    (SERVER, "<fedmpi.lifecycle.checkpoint:Checkpoints.write", 3),
+    (SERVER, "<fedmpi.lifecycle.checkpoints:Checkpoints.write", 3),
     (SERVER, "<os:fsync", 4),
     (SERVER, ">os:fsync", 5),
     (SERVER, "<pathlib:Path.replace", 3),
     (SERVER, ">pathlib:Path.replace", 3),
     (SERVER, ">pathlib:Path.replace", 1),
     (SERVER, "<pathlib:Path.unlink", 6),
-    (SERVER, ">fedmpi.lifecycle.checkpoint:sync_folder", 2),
-    (SERVER, ">fedmpi.lifecycle.checkpoint:Checkpoints._write", 3),
+    (SERVER, ">fedmpi.lifecycle.checkpoints:sync_folder", 2),
+    (SERVER, ">fedmpi.lifecycle.checkpoints:Checkpoints._write", 3),
     (SERVER, ">fedmpi.report.run_folder:RunFolder.begin", 1),
     (SERVER, "/fedmpi.lifecycle.checkpoint:write_state", 1),
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_end", 1),

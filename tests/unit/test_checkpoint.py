@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from fedmpi.errors import CheckpointError, FilesystemError
-from fedmpi.lifecycle import checkpoint
-from fedmpi.lifecycle.checkpoint import Checkpoints, read_state, snapshot, write_state
+from fedmpi.lifecycle import checkpoints
+from fedmpi.lifecycle.checkpoint import read_state, snapshot, write_state
+from fedmpi.lifecycle.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -427,7 +428,7 @@ def test_what_cannot_be_written_is_raised_and_the_older_stays(tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_state", full)
+        patched.setattr(checkpoints, "write_state", full)
         store.write(2, {"a": 1}, lambda: None)
         with pytest.raises(FilesystemError, match=r"round-000002\.ckpt cannot be written: No space left on device"):
             store.finish()

@@ -17,7 +17,6 @@ from torch import nn
 from fedmpi.config import RunConfig
 from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
 from fedmpi.fedavg import FedAvg
-from fedmpi.lifecycle import lock as lock_module
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.report import run_folder
 from fedmpi.report.history import History, read_history
@@ -127,18 +126,16 @@ def test_what_a_loser_still_writes_reaches_no_file_of_the_winner(tmp_path: Path)
 
 
 def test_a_lock_dated_in_the_future_is_watched_and_taken_over_when_it_stands_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
     claim(tmp_path / "lock", age_s=-7200)
-    with caplog.at_level(logging.INFO, logger="fedmpi"), FileLock(tmp_path / "lock", timeout_s=0):
+    with caplog.at_level(logging.INFO, logger="fedmpi"), FileLock(tmp_path / "lock", timeout_s=0, heartbeat_s=0.1):
         pass
     assert "which is dated in the future" in caplog.text
 
 
 def test_a_lock_dated_in_the_future_that_is_touched_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder's file system is hours ahead; it lives."""
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
     ahead_s = [7200.0]
     real_sleep = time.sleep
 
@@ -150,7 +147,7 @@ def test_a_lock_dated_in_the_future_that_is_touched_is_in_use(tmp_path: Path, mo
     claim(tmp_path / "lock", age_s=-7200)
     monkeypatch.setattr(time, "sleep", touching)
     with pytest.raises(FilesystemError, match="is in use by elsewhere pid 4242"):
-        FileLock(tmp_path / "lock", timeout_s=0).__enter__()
+        FileLock(tmp_path / "lock", timeout_s=0, heartbeat_s=0.1).__enter__()
 
 
 @pytest.mark.parametrize(
