@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from fedmpi.lifecycle.checkpoints import Checkpoints
 from fedmpi.lifecycle.signals import Deadline, StopSignals, name_of
 
 EVERY_S = 60.0
@@ -15,42 +16,39 @@ EVERY_S = 60.0
 Clock = Callable[[], float]
 
 
-class CheckpointStore(Protocol):
-    """The folder that holds the checkpoints of a run. Writing goes on beside the rounds."""
+class Store(Protocol):
+    """The run folder.
+
+    Attributes:
+        checkpoints: its checkpoints.
+        how_to_go_on: the advice for a job that goes on from the last one.
+    """
+
+    checkpoints: Checkpoints
 
     @property
-    def writes_for_s(self) -> float:
-        """Seconds for which the last checkpoint has been under way to the disk; 0: it is there."""
-
-    @property
-    def longest_s(self) -> float:
-        """The longest that writing has taken."""
-
-    @property
-    def how_to_go_on(self) -> str:
-        """The advice for a job that goes on from the last checkpoint."""
+    def how_to_go_on(self) -> str: ...
 
     def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
         """Begin to write `state`, as of now, after `round_idx` rounds."""
-
-    def finish(self) -> None:
-        """Return once the last checkpoint is on disk."""
 
     def note_stop(self, reason: str) -> None:
         """Leave word that the job ends with 75: in mid-round some launchers report the killed ranks instead."""
 
 
 class CheckpointPolicy:
-    """Writes a checkpoint after every Nth round, or every so many seconds."""
+    """Writes a checkpoint after every Nth round, or every so many seconds.
 
-    def __init__(
-        self, store: CheckpointStore | None = None, every: int | None = None, clock: Clock = time.monotonic
-    ) -> None:
+    Attributes:
+        longest_before_s: the longest that writing took in the jobs of the run before this one.
+    """
+
+    def __init__(self, store: Store | None = None, every: int | None = None, clock: Clock = time.monotonic) -> None:
         """Without a store nothing is written; `every` None: about every `EVERY_S` seconds."""
         self._store = store
         self._every = every
         self._clock = clock
-        self._stored_longest_s = 0.0
+        self.longest_before_s = 0.0
         self._written_at = clock()
         self._written_round: int | None = None
 
@@ -62,12 +60,12 @@ class CheckpointPolicy:
     @property
     def longest_s(self) -> float:
         """The longest that writing has taken, in this process or before."""
-        return max(self._stored_longest_s, self._store.longest_s if self._store else 0.0)
+        return max(self.longest_before_s, self._store.checkpoints.longest_s if self._store else 0.0)
 
     @property
     def writes_for_s(self) -> float:
         """Seconds for which a checkpoint has been under way; 0: none is."""
-        return self._store.writes_for_s if self._store else 0.0
+        return self._store.checkpoints.writes_for_s if self._store else 0.0
 
     @property
     def how_to_go_on(self) -> str:
@@ -94,16 +92,12 @@ class CheckpointPolicy:
             self._store.write(round_idx, state())
             self._written_at, self._written_round = self._clock(), round_idx
         if wait:
-            self._store.finish()
+            self._store.checkpoints.finish()
 
     def note_stop(self, reason: str) -> None:
         """Leave word beside the checkpoints of why the job stops."""
         if self._store is not None:
             self._store.note_stop(reason)
-
-    def load(self, longest_s: float) -> None:
-        """Go on with the longest write of the jobs before."""
-        self._stored_longest_s = longest_s
 
 
 class StopPolicy:
@@ -196,4 +190,4 @@ class StopPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin with the times that were measured before."""
         self.longest_s, self.longest_client_s = float(state["round_s"]), float(state["client_s"])
-        self.checkpoints.load(float(state["checkpoint_s"]))
+        self.checkpoints.longest_before_s = float(state["checkpoint_s"])

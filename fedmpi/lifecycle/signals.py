@@ -114,9 +114,12 @@ def slurm_deadline(
     return Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}", "give the job more time (--time)")
 
 
-def earlier(*deadlines: Deadline | None) -> Deadline | None:
-    """Return the earliest of those that there are."""
-    return min((deadline for deadline in deadlines if deadline), key=lambda deadline: deadline.at, default=None)
+def job_deadline(started: float, max_seconds: float | None, slurm: Deadline | None) -> Deadline | None:
+    """Return the earlier of `slurm` and --max-seconds after `started` (`time.monotonic`), if there is one."""
+    if max_seconds is None:
+        return slurm
+    own = Deadline(started + max_seconds, f"--max-seconds {max_seconds:g}", "raise --max-seconds")
+    return min(own, slurm or own, key=lambda deadline: deadline.at)
 
 
 def slurm_seconds_left(job: str, environ: Mapping[str, str], patience_s: float = _SLURM_ANSWERS_S) -> float | None:

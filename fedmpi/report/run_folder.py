@@ -46,6 +46,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        checkpoints: those in it.
         stored: what the newest checkpoint holds of this run; None: the run starts at round 0.
     """
 
@@ -72,7 +73,7 @@ class RunFolder:
         self.path = _new_folder(config) if config.run_dir is None else _named_folder(Path(config.run_dir))
         self._lock = FileLock(self.path / LOCK, timeout_s=0, what=f"--run-dir {self.path}")
         self._lock.__enter__()
-        self._checkpoints = Checkpoints(self.path / CHECKPOINTS, self._lock.require)
+        self.checkpoints = Checkpoints(self.path / CHECKPOINTS, self._lock.require)
         self._what: dict[str, Any] = description(config, data, identity or {})
         self._version = version
         try:
@@ -87,7 +88,7 @@ class RunFolder:
     def _find(self, config: RunConfig) -> dict[str, Any] | None:
         if config.resume == "never":
             return None
-        stored = self._checkpoints.load()
+        stored = self.checkpoints.load()
         if stored is None and config.resume == "must":
             raise ConfigError(f"--resume must: {self.path} holds no checkpoint to go on from")
         if stored is None and self.finished:
@@ -99,7 +100,7 @@ class RunFolder:
             with self.fits():
                 same_version = not self._version or stored["made_with"].get("fedmpi") == self._version
                 refuse_other_run(self.path, stored["run"], self._what, same_version)
-                check_numbers(stored, self._checkpoints.loaded_round)
+                check_numbers(stored, self.checkpoints.loaded_round)
                 done, num_bytes = stored["server"]["half"]["round_idx"], stored["history_bytes"]
                 check_history(self.path / HISTORY, num_bytes, done, stored.get("history_sha256"))
         return stored
@@ -154,7 +155,7 @@ class RunFolder:
         unused = SPLIT_OPTIONS if config.partition_file else ()
         self._write(CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), record, unused).encode())
         self._history = History(self.path / HISTORY, num_bytes, self._lock.require)
-        self._checkpoints.begin()
+        self.checkpoints.begin()
         with contextlib.suppress(FileNotFoundError):
             (self.path / STOPPED).unlink()
 
@@ -170,10 +171,10 @@ class RunFolder:
     def _put_aside(self) -> None:
         """Into a folder of this second, of its own; a run that had kept nothing yet is no loss."""
         history = self.path / HISTORY
-        kept = self.finished or self._checkpoints.names() or (history.exists() and history.stat().st_size)
+        kept = self.finished or self.checkpoints.names() or (history.exists() and history.stat().st_size)
         if not kept:
             return
-        remove_temps(self._checkpoints.folder)
+        remove_temps(self.checkpoints.folder)
         aside = free_path(self.path / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}")
         models = sorted(path.name for path in self.path.glob("model-round-*.pt"))
         for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG, *models):
@@ -196,16 +197,6 @@ class RunFolder:
         self._history.on_round(record)
 
     @property
-    def writes_for_s(self) -> float:
-        """Seconds for which a checkpoint has been under way to the disk; 0: none is."""
-        return self._checkpoints.writes_for_s
-
-    @property
-    def longest_s(self) -> float:
-        """The longest that writing a checkpoint has taken."""
-        return self._checkpoints.longest_s
-
-    @property
     def how_to_go_on(self) -> str:
         """The advice for a job that goes on from here."""
         return f"to go on, run the same command with --run-dir {self.path}"
@@ -220,11 +211,7 @@ class RunFolder:
             "history_sha256": self._history.sha256,
             "server": state,
         }
-        self._checkpoints.write(round_idx, whole, self._history.sync)
-
-    def finish(self) -> None:
-        """Return once the checkpoint is on disk."""
-        self._checkpoints.finish()
+        self.checkpoints.write(round_idx, whole, self._history.sync)
 
     def note_stop(self, reason: str) -> None:
         """Write the file that slurm/fedavg.sbatch looks for."""

@@ -48,7 +48,7 @@ class Run:
 
     def keep(self) -> None:
         self.folder.write(self.server.round_idx, {"half": self.server.state_dict()})
-        self.folder.finish()
+        self.folder.checkpoints.finish()
 
     def round(self) -> None:
         self.folder.on_round(RECORD.__class__(**{**vars(RECORD), "round_idx": self.server.round_idx}))

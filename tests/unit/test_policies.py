@@ -16,7 +16,7 @@ from fedmpi.lifecycle.policies import CheckpointPolicy, StopPolicy
 from fedmpi.lifecycle.signals import (
     Deadline,
     StopSignals,
-    earlier,
+    job_deadline,
     parse_slurm_time,
     slurm_deadline,
     slurm_seconds_left,
@@ -130,10 +130,13 @@ def test_a_task_of_an_array_asks_for_itself(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_earlier_of_two_deadlines_counts() -> None:
-    one, two = Deadline(100, "one"), Deadline(200, "two")
-    assert earlier(two, one) == one
-    assert earlier(None, two) == two
-    assert earlier(None, None) is None
+    slurm = Deadline(200, "the time limit of Slurm job 5")
+    own = job_deadline(50, 100, slurm)
+    assert own == Deadline(150, "--max-seconds 100", "raise --max-seconds")
+    assert job_deadline(50, 100, None) == own
+    assert job_deadline(150, 100, slurm) == slurm
+    assert job_deadline(50, None, slurm) == slurm
+    assert job_deadline(50, None, None) is None
 
 
 def test_a_job_that_is_over_left_its_number_in_this_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +188,7 @@ class Disk:
     how_to_go_on = "run it again"
 
     def __init__(self) -> None:
+        self.checkpoints: Any = self
         self.kept: list[int] = []
         self.finished = 0
 

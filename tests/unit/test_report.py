@@ -249,7 +249,7 @@ def train(folder: RunFolder, config: RunConfig, finish: bool = True) -> Algorith
         folder.on_round(RECORD)
         server.round_idx = 1
         folder.write(1, {"half": server.state_dict()})
-    folder.finish()
+    folder.checkpoints.finish()
     if finish:
         folder.on_end(server)
     folder.close()

@@ -55,7 +55,7 @@ def life(tmp_path: Path) -> Iterator[Callable[..., RunFolder]]:
         folder.begin(config, made_with)
         if folder.stored is None:
             folder.write(0, {"half": AlgorithmServer(FedAvg(config), nn.Linear(2, 2), config).state_dict()})
-            folder.finish()
+            folder.checkpoints.finish()
         folder.close()
         return folder
 
