@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Set
 from typing import Literal
 
-from fedmpi.core.cohort import cohort_size
 from fedmpi.errors import ConfigError
 from fedmpi.options import flag_of, option
 
@@ -16,7 +15,7 @@ SPLIT_OPTIONS = ("partition", "num_shards", "alpha", "min_samples", "partition_s
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which data set, split how, over how many clients."""
+    """The data set, its split, and the number of clients."""
 
     dataset: Literal["mnist", "fashion-mnist", "cifar10", "digits", "synthetic"] = option(
         "mnist", "data set; digits and synthetic need no network", "Data"
@@ -33,7 +32,7 @@ class DataConfig:
         "iid", "how: random equal parts; label-sorted shards (McMahan); label proportions ~ Dir(alpha)", "Data"
     )
     num_shards: int | None = option(
-        None, "shards: number of label-sorted shards (default: 2 a client)", "Data", "[1, inf)"
+        None, "shards: number of label-sorted shards (default: 2 per client)", "Data", "[1, inf)"
     )
     alpha: float | None = option(None, "dirichlet: concentration, small = skewed (default: 0.5)", "Data", "(0, inf)")
     min_samples: int | None = option(
@@ -54,7 +53,7 @@ class RunConfig(DataConfig):
 
     model: str = option("cnn", "2nn, cnn, cnn_fedlab, logistic, or module:function", "Local training")
     local_epochs: int = option(1, "passes over a client's samples each round", "Local training", "[1, inf)")
-    batch_size: int = option(10, "samples a step; 0 = all the client has", "Local training", "[0, inf)")
+    batch_size: int = option(10, "samples per step; 0 = all the client has", "Local training", "[0, inf)")
     engine: Literal["auto", "eager", "fused", "graph"] = option(
         "auto", "how SGD steps are taken: by autograd, by hand (plain stacks of layers), recorded by hand (on a GPU)",
         "Local training",
@@ -133,6 +132,8 @@ class RunConfig(DataConfig):
     @property
     def clients_per_round(self) -> int:
         """`cohort_size`, else `sample_ratio` x `num_clients` to the nearest integer (half up), at least 1."""
+        from fedmpi.core.cohort import cohort_size  # here: `import fedmpi.config` alone stays instant
+
         if self.cohort_size is not None:
             return self.cohort_size
         return cohort_size(self.num_clients, 0.1 if self.sample_ratio is None else self.sample_ratio)

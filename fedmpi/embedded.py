@@ -25,7 +25,7 @@ from fedmpi.config import RunConfig
 from fedmpi.errors import ConfigError, FedmpiError, LaunchError
 from fedmpi.launch import before_mpi, config_of, connect
 from fedmpi.lifecycle.exits import abort_on_crash
-from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadline
+from fedmpi.lifecycle.signals import Deadline, StopSignals, job_deadline, slurm_deadline
 from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import finish_logging, kept_logging, set_up_logging
 from fedmpi.mpi.launcher import announced, speaks
@@ -102,7 +102,7 @@ def _run(
         prepared = recipe, config, slurm_deadline(os.environ) if speaks() else None
     except FedmpiError as error:
         mistake = error
-    if mistake is not None and not any(one.size > 1 for one in announced()):
+    if mistake is not None and not any(job.size > 1 for job in announced()):
         raise mistake
     net = connect()
     if net.size == 1:
@@ -138,10 +138,7 @@ def _train(
     from fedmpi.job import run_job
 
     set_up_logging(net.rank, config, own=False)
-    deadline = slurm
-    if config.max_seconds is not None:
-        what = f"--max-seconds {config.max_seconds:g}"
-        deadline = earlier(slurm, Deadline(started + config.max_seconds, what, "raise --max-seconds"))
+    deadline = job_deadline(started, config.max_seconds, slurm)
     with ExitStack() as stack:
         stack.enter_context(_kept_torch())
         stack.callback(finish_logging, 0.0)

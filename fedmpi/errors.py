@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions whose exit code says whose turn it is to act.
+"""Exceptions whose exit code says whose turn it is to act.
 
 Each class takes one message and nothing else, so that it survives a pickle round trip between ranks. The message
 says what is wrong, the value found, the range wanted and the option that mends it, on one line.

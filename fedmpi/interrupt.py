@@ -82,7 +82,7 @@ class Raising:
     """`with Raising():` Ctrl-C raises a KeyboardInterrupt; one that was swallowed or replaced is raised at the end."""
 
     def __init__(self) -> None:
-        """Nothing has happened yet."""
+        """Begin before any interrupt."""
         self._seen = False
 
     def __enter__(self) -> Raising:

@@ -31,7 +31,7 @@ from fedmpi.engines import groups
 from fedmpi.errors import EXIT_DONE
 from fedmpi.imports import import_name
 from fedmpi.lifecycle.exits import say
-from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.policies import CheckpointPolicy, StopPolicy
 from fedmpi.lifecycle.signals import Deadline, StopSignals
 from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import SUMMARY
@@ -107,7 +107,7 @@ def run_job(
         record = _provenance(comm, algorithm, machine, engines[-1], data, dataset, users)
         on_root(comm, lambda: folder.begin(config, record | split_record(config, split)) if folder else None)
         progress = Progress(config.rounds, folder.elapsed_s if folder else 0.0)
-        policy = Boundary(folder, config.checkpoint_every, signals, deadline)
+        policy = StopPolicy(CheckpointPolicy(folder, config.checkpoint_every), signals, deadline)
         memory_format = memory_format_of(halves.model)
         grouped = min(on_every_rank(comm, visitor.groups is not None if visitor else True))
         session = Session(
@@ -180,7 +180,7 @@ def nothing_to_do(folder: RunFolder, server: AlgorithmServer | None, rounds: int
     if folder.stored is None or server is None:
         return False
     with folder.fits():
-        server.load_state_dict(folder.stored["server"]["handler"])
+        server.load_state_dict(folder.stored["server"]["half"])
         at_its_end = server.finished()
     done = server.round_idx
     if done > rounds:

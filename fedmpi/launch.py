@@ -21,7 +21,7 @@ from fedmpi.data.sources import obtain
 from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError, shown
 from fedmpi.imports import import_name
 from fedmpi.lifecycle.exits import abort_on_crash, end_all, say_error
-from fedmpi.lifecycle.signals import Deadline, StopSignals, earlier, slurm_deadline
+from fedmpi.lifecycle.signals import Deadline, StopSignals, job_deadline, slurm_deadline
 from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.logs import finish_logging, set_up_logging
 from fedmpi.mpi import streams
@@ -76,10 +76,7 @@ def main(algorithm: str, config_class: type[RunConfig] | None = None, argv: Sequ
 
             # Slurm's limit is for the end of all processes, which takes no longer than to load them did
             deadline = slurm.less(time.monotonic() - begun) if slurm else None
-            if config.max_seconds is not None:
-                what = f"--max-seconds {config.max_seconds:g}"
-                own = Deadline(started + config.max_seconds, what, "raise --max-seconds")
-                deadline = earlier(own, deadline)
+            deadline = job_deadline(started, config.max_seconds, deadline)
             return run_job(net, algorithm, config, watchdog, signals, deadline).exit_code
 
     return start(words, prepare, job)
@@ -184,7 +181,7 @@ def leave(error: FedmpiError) -> int:
 
 
 def before_mpi(config: RunConfig) -> None:
-    """What must be known, or done, before MPI starts."""
+    """Check and prepare all that must be ready before MPI starts."""
     _allow_open_files()
     check_partition_options(config)
     if config.ethernet is not None:

@@ -1,4 +1,4 @@
-"""What a job prints: set up once, in `launch`."""
+"""The log of a job: set up once, in `launch`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUMMARY = 25
 """Level of the closing summary: `--quiet` still shows it."""
 
 _KEPT_BYTES = 2**20
-"""So much is kept of a log that nobody reads, until somebody does."""
+"""The most that is kept of a log that nobody reads, until somebody does."""
 
 
 def set_up_logging(rank: int, config: RunConfig | None, own: bool = True) -> None:

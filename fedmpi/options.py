@@ -1,7 +1,7 @@
 """Frozen dataclasses <-> command-line flags <-> YAML.
 
-A field of a dataclass is an option: `client_lr` is `--client-lr` on the command line and `client_lr:` in YAML. What the
-field may hold is written once, in `option(...)`, and used for the help, the check and the error message. Nothing here
+A field of a dataclass is an option: `client_lr` is `--client-lr` on the command line and `client_lr:` in YAML. Its
+legal values are written once, in `option(...)`, and used for the help, the check and the error message. Nothing here
 needs torch or MPI, so `--help` answers at once.
 """
 
@@ -12,24 +12,25 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import types
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedmpi.errors import ConfigError, shown
-from fedmpi.lifecycle.yaml_file import has_control_characters, read_yaml
 
 C = TypeVar("C")
 
 _MOST_CHARACTERS = 4096
+_LONG = 2**63  # integers from here on fit into no buffer
+_MOST_SHOWN = 2**512
 
 PROVENANCE = "provenance"
 """The one YAML key that is no option: `config.yaml` records there what the run was made with; loading skips it."""
 
 
 def option(default: object, text: str, group: str, bounds: str = "", result: bool = True, path: bool = False) -> Any:
-    """A dataclass field that is an option.
+    """Return a dataclass field that is an option.
 
     Args:
         default: the value when neither a flag nor the YAML file gives one.
@@ -46,45 +47,36 @@ def option(default: object, text: str, group: str, bounds: str = "", result: boo
 def parse(
     cls: type[C], argv: Sequence[str], prog: str, description: str, options: Mapping[str, object] | None = None
 ) -> C:
-    """`argv` (without the program's name) as a `cls`; flags win over `--config FILE.yaml`, which wins over defaults.
+    """Return the options as a `cls`; flags win over `--config FILE.yaml`, which wins over defaults.
 
-    `options`: values by name, of a caller in Python; they win over the file.
+    Args:
+        cls: dataclass of `option` fields.
+        argv: arguments without the program's name.
+        prog: the program's name, for the help.
+        description: of the program, for the help.
+        options: values by name, of a caller in Python; they win over the file.
 
     Raises:
-        ConfigError: one line that names option, value and what is wanted.
+        ConfigError: one line that names option, value and range.
         SystemExit: after `--help`, with code 0.
     """
-    from jsonargparse import Namespace  # here: `import fedmpi.config` alone stays instant
-
-    parser = _parser(cls, prog, description)
-    _check_words(argv)
-    argv = list(argv)
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
-    config, given = {}, set()
-    for path in _pop_config(argv):
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # C is one
+    defaults = {name: f.default for name, f in fields.items()}
+    hints = get_type_hints(cls)
+    flags = vars(_parser(fields, hints, prog, description).parse_args(argv))
+    values: dict[str, object] = {}
+    given = {*flags, *(options or {})} - {"config"}
+    for path in flags.pop("config", []):
         content, is_record = _read_options(path)
-        config.update(content)
+        values.update(content)
         # a record of ours lists every option, also those that nobody gave
         given |= {name for name, value in content.items() if not is_record or value != defaults.get(name)}
-    config.update(options or {})
-    given |= set(options or {})
-    given |= {name for name in defaults for word in argv if f"{word}=".startswith(f"{flag_of(name)}=")}
-    hints = get_type_hints(cls)
-    bounds = {f.name: f.metadata["bounds"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # as above
-    _check_plain(config, {name: _wanted(hints[name], bounds[name]) for name in defaults})
-    try:
-        values: Namespace = parser.parse_object(config) if config else parser.get_defaults()
-        values = parser.parse_args(argv, namespace=values)
-    except (TypeError, ValueError, RecursionError, OverflowError) as error:  # jsonargparse's own, and YAML's
-        raise ConfigError(shown(str(error), 300)) from error
-    fields = {name: getattr(values, name) for name in defaults}
-    for name, value in fields.items():
-        _check_value(name, hints[name], bounds[name], value)
-    paths = [f.name for f in dataclasses.fields(cls) if f.metadata["path"]]  # type: ignore[arg-type]  # C is one
-    for name in paths:
-        if fields[name] is not None:
-            fields[name] = os.path.expanduser(fields[name])  # noqa: PTH111  # leaves what it does not know
-    parsed = cls(**fields)
+    values |= {**(options or {}), **flags}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"unknown option '{shown(name)}' in --config; --help lists them")
+        values[name] = _checked(fields[name], hints[name], value)
+    parsed = cls(**values)
     for check, arguments in (("check", ()), ("check_given", (frozenset(given),))):
         if hasattr(parsed, check):
             getattr(parsed, check)(*arguments)
@@ -92,7 +84,7 @@ def parse(
 
 
 def to_yaml(config: object, provenance: Mapping[str, object], leave_out: Collection[str] = ()) -> str:
-    """The YAML text that `--config` reads back to an equal `config`; `provenance` is kept beside it for the reader.
+    """Return the YAML text that `--config` reads back to an equal `config`; `provenance` is kept beside it.
 
     Args:
         config: the options.
@@ -101,9 +93,7 @@ def to_yaml(config: object, provenance: Mapping[str, object], leave_out: Collect
     """
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: object) -> bool:
-            return True
+    from fedmpi.lifecycle.yaml_file import Dumper
 
     values = dataclasses.asdict(config)  # type: ignore[call-overload]  # any of our dataclasses
     used = {name: value for name, value in values.items() if name not in leave_out}
@@ -112,129 +102,135 @@ def to_yaml(config: object, provenance: Mapping[str, object], leave_out: Collect
 
 
 def result_options(config: object) -> dict[str, object]:
-    """The options that decide the trained model, by name."""
+    """Return the options that decide the trained model, by name."""
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["result"]}  # type: ignore[arg-type]  # any of our dataclasses
 
 
 def result_hash(config: object) -> str:
-    """SHA-256 (hex) of `result_options`: equal hashes and equal data give equal bits."""
+    """Return the SHA-256 (hex) of `result_options`: equal hashes and equal data give equal bits."""
     return hashlib.sha256(json.dumps(result_options(config), sort_keys=True).encode()).hexdigest()
-
-
-def _parser(cls: type[Any], prog: str, description: str) -> Any:
-    from jsonargparse import ArgumentParser
-
-    class Parser(ArgumentParser):  # type: ignore[misc,unused-ignore]  # jsonargparse's class is untyped for mypy
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(_explain(message, wanted)) from ex
-
-    class Help(argparse.HelpFormatter):
-        def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=34, width=110)
-
-    parser = Parser(
-        prog=prog, description=description, usage=f"{prog} [OPTION ...]", formatter_class=Help, allow_abbrev=False,
-        print_config=None, add_help=True, default_env=False,
-    )  # fmt: skip
-    groups: dict[str, Any] = {}
-    hints = get_type_hints(cls)
-    wanted = {f.name: _wanted(hints[f.name], f.metadata["bounds"]) for f in dataclasses.fields(cls)}
-    for f in dataclasses.fields(cls):
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        text = f.metadata["help"]
-        if f.default is not None and f.default is not False:
-            text = f"{text} (default: {f.default})"
-        if f.default is False:
-            groups[group].add_argument(flag_of(f.name), action="store_true", help=text)
-        else:
-            groups[group].add_argument(
-                flag_of(f.name), type=hints[f.name], default=f.default, help=text, metavar=_metavar(hints[f.name])
-            )
-    groups["Output"] = groups.get("Output") or parser.add_argument_group("Output")
-    groups["Output"].add_argument("--config", type=str, metavar="FILE", help="YAML file of options; flags win over it")
-    return parser
-
-
-def _check_plain(config: Mapping[str, object], wanted: Mapping[str, str]) -> None:
-    """Refuse in YAML, or of a caller, what no option can hold, before the parser looks at it.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    for name, value in config.items():
-        if name not in wanted:
-            raise ConfigError(f"unknown option '{shown(name)}' in --config; --help lists them")
-        if isinstance(value, str) and (len(value) > _MOST_CHARACTERS or has_control_characters(value)):
-            raise ConfigError(
-                f"{flag_of(name)} must be at most {_MOST_CHARACTERS} printable characters, got {shown(value)}"
-            )
-        if not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) > 2**512):
-            raise ConfigError(f"{flag_of(name)} must be {wanted[name]}, got {shown(value)}")
-
-
-def _pop_config(argv: list[str]) -> list[str]:
-    """Take `--config FILE` and `--config=FILE` out of `argv`; the files in order."""
-    files = []
-    i = 0
-    while i < len(argv):
-        if argv[i] == "--config":
-            if i + 1 == len(argv):
-                raise ConfigError("--config wants a YAML file, got nothing")
-            files.append(argv[i + 1])
-            del argv[i : i + 2]
-        elif argv[i].startswith("--config="):
-            files.append(argv[i].removeprefix("--config="))
-            del argv[i]
-        else:
-            i += 1
-    return files
-
-
-def _read_options(path: str) -> tuple[dict[str, object], bool]:
-    """The options in a YAML file, and whether it is a `config.yaml` that fedmpi wrote.
-
-    Raises:
-        ConfigError: it is no file of options; a value is no plain one.
-    """
-    values = read_yaml(os.path.expanduser(path))  # noqa: PTH111  # as above
-    if "config" in values:
-        raise ConfigError(f"--config {path}: a file cannot name another one (config: {shown(values['config'])})")
-    is_record = values.pop(PROVENANCE, None) is not None
-    return {key.replace("-", "_"): value for key, value in values.items()}, is_record
-
-
-def _check_words(argv: Sequence[str]) -> None:
-    """Refuse what no option can hold, before the parser looks at it.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    before = "the command line"
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        if len(word) > _MOST_CHARACTERS or has_control_characters(word):
-            where = flag if equals and flag.startswith("--") else before
-            raise ConfigError(
-                f"{shown(where)} must be at most {_MOST_CHARACTERS} printable characters, got {shown(value or word)}"
-            )
-        before = word if word.startswith("--") else before
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message == "argument --config: expected one argument":
+            raise ConfigError("--config wants a YAML file, got nothing")
+        found = message.removeprefix("unrecognized arguments: ")
+        raise ConfigError(
+            shown(message, 300) if found == message else f"unknown option {shown(found)}; --help lists them"
+        )
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _parser(
+    fields: Mapping[str, dataclasses.Field[Any]], hints: Mapping[str, Any], prog: str, description: str
+) -> argparse.ArgumentParser:
+    """Return a parser of flags to text; a flag that is not given is not in its namespace."""
+    parser = _Parser(
+        prog=prog, description=description, usage=f"{prog} [OPTION ...]", formatter_class=_Help, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    for group in (*(f.metadata["group"] for f in fields.values()), "Output"):
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+    for name, f in fields.items():
+        text = f.metadata["help"]
+        if f.default is False:
+            groups[f.metadata["group"]].add_argument(flag_of(name), action="store_true", help=text)
+            continue
+        default = "" if f.default is None else f" (default: {f.default})"
+        groups[f.metadata["group"]].add_argument(flag_of(name), metavar=_metavar(hints[name]), help=text + default)
+    groups["Output"].add_argument(
+        "--config", action="append", metavar="FILE", help="YAML file of options; flags win over it"
+    )
+    return parser
+
+
+def _read_options(path: str) -> tuple[dict[str, object], bool]:
+    """Return the options in a YAML file, and whether it is a `config.yaml` that fedmpi wrote.
+
+    Raises:
+        ConfigError: it is no file of options.
+    """
+    from fedmpi.lifecycle.yaml_file import read_yaml  # here: `import fedmpi.config` alone stays instant
+
+    _check_text("config", path)
+    content = read_yaml(os.path.expanduser(path))  # noqa: PTH111  # leaves what it does not know
+    if "config" in content:
+        raise ConfigError(f"--config {path}: a file cannot name another one (config: {shown(content['config'])})")
+    is_record = content.pop(PROVENANCE, None) is not None
+    values: dict[str, object] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name in values:
+            raise ConfigError(f"--config {path}: not YAML: {shown(name)} is given twice")
+        values[name] = value
+    return values, is_record
+
+
+def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> object:
+    """Return the value of an option as its type.
+
+    Raises:
+        ConfigError: names the option, its legal values, and `value`.
+    """
+    kinds, bounds = _kinds(hint), field.metadata["bounds"]
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    classes = tuple(kind for kind in kinds if isinstance(kind, type))
+    if value is None and type(None) in get_args(hint):
+        return None
+    if isinstance(value, str):
+        _check_text(field.name, value)
+        if value in words:
+            return value
+        if int in classes or float in classes:
+            from fedmpi.lifecycle.yaml_file import number_of
+
+            value = number_of(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST_SHOWN:
+        if float in classes:
+            value = float(value)
+        elif abs(value) >= _LONG:
+            bounds = bounds.replace("inf)", f"{_LONG - 1}]")
+    fits = isinstance(value, classes) and (bool in classes or not isinstance(value, bool))
+    if not fits or not _in_bounds(value, bounds):
+        found = "nothing" if value == "" else shown(value)
+        raise ConfigError(f"{flag_of(field.name)} must be {_wanted(hint, bounds)}, got {found}")
+    return os.path.expanduser(value) if field.metadata["path"] else value  # noqa: PTH111  # as above
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse text that no file name, host or option has a use for."""
+    if len(text) > _MOST_CHARACTERS or any(unicodedata.category(char) == "Cc" for char in text):
+        raise ConfigError(f"{flag_of(name)} must be at most {_MOST_CHARACTERS} printable characters, got {shown(text)}")
+
+
+def _in_bounds(value: Any, bounds: str) -> bool:
+    if value == "" or (isinstance(value, int) and abs(value) >= _LONG):
+        return False
+    if not bounds:
+        return True
+    low, high = (int(text) if text.isdecimal() else float(text) for text in bounds[1:-1].split(", "))
+    return bool(low <= value <= high and (value != low or bounds[0] == "[") and (value != high or bounds[-1] == "]"))
+
+
 def _kinds(hint: Any) -> list[Any]:
-    """The alternatives of a type hint, None left out."""
+    """Return the alternatives of a type hint, None left out."""
     if get_origin(hint) in (Union, types.UnionType):
         return [kind for kind in get_args(hint) if kind is not type(None)]
     return [hint]
 
 
 def _wanted(hint: Any, bounds: str) -> str:
-    """What an option may hold, in words."""
+    """Return the legal values in words."""
     number = f" in {bounds}" if bounds else ""
     words = {int: f"an integer{number}", float: f"a number{number}", str: "text", bool: "true or false"}
     return " or ".join(
@@ -247,33 +243,3 @@ def _metavar(hint: Any) -> str:
     return "|".join(
         "{" + ",".join(get_args(kind)) + "}" if get_origin(kind) is Literal else names[kind] for kind in _kinds(hint)
     )
-
-
-def _explain(message: str, wanted: Mapping[str, str]) -> str:
-    """The parser's message in our form: option, what it must be, value found."""
-    key = re.search(r'[Kk]ey "(\w+)"', message)
-    value = re.search(r"Given value: (.*)", message) or re.search(r"[Gg]ot value: (.*)", message)
-    if key and value and key[1] in wanted:
-        return f"{flag_of(key[1])} must be {wanted[key[1]]}, got {shown(value[1])}"
-    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message)
-    if unknown:
-        return f"unknown option {shown(unknown[1])}; --help lists them"
-    return shown(message, 300)
-
-
-def _check_value(name: str, hint: Any, bounds: str, value: object) -> None:
-    """What the parser lets pass: numbers out of bounds, empty text, and in YAML any null and any value for a switch."""
-    kinds = _kinds(hint)
-    if value is None and type(None) in get_args(hint):
-        return
-    wrong = value is None or value == "" or (kinds == [bool] and not isinstance(value, bool))
-    if isinstance(value, int) and abs(value) >= 2**63:
-        bounds, wrong = bounds.replace("inf)", f"{2**63 - 1}]"), True
-    elif bounds and isinstance(value, int | float):
-        low, high = (int(text) if text.isdecimal() else float(text) for text in bounds[1:-1].split(", "))
-        above = value > low if bounds[0] == "(" else value >= low
-        below = value < high if bounds[-1] == ")" else value <= high
-        wrong = not (above and below)
-    if wrong:
-        found = "nothing" if value == "" else shown(value)
-        raise ConfigError(f"{flag_of(name)} must be {_wanted(hint, bounds)}, got {found}")

@@ -30,7 +30,7 @@ from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.segments import Layout, Segments
 from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_state
 from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.server_state import ServerState, as_tensor, with_tensors
+from fedmpi.server_state import ServerState
 
 if TYPE_CHECKING:
     from fedmpi.algorithm import Algorithm
@@ -344,7 +344,7 @@ class AlgorithmServer:
         Raises:
             CheckpointError: it is of another model.
         """
-        vector = as_tensor(state["vector"])
+        vector = state["vector"]
         if vector.shape != self.flat.shape or len(state["integers"]) != len(self.integer_state()):
             raise CheckpointError(
                 f"the checkpoint holds {len(vector):,} vector entries, this model has {len(self.flat):,}"
@@ -354,7 +354,7 @@ class AlgorithmServer:
         load_integer_state(self.model, np.asarray(state["integers"]))
         self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
         self.state.clear()
-        self.state.update(with_tensors(state["state"]))
+        self.state.update(state["state"])
 
 
 def _means(updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:

@@ -51,12 +51,3 @@ def _check(value: Any, where: str) -> None:
 def as_tensor(values: Any) -> Tensor:
     """Return an array or a tensor as a tensor."""
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.as_tensor(values)
-
-
-def with_tensors(value: Any) -> Any:
-    """Return what a checkpoint holds with tensors for arrays."""
-    if isinstance(value, dict):
-        return {name: with_tensors(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [with_tensors(item) for item in value]
-    return as_tensor(value) if isinstance(value, np.ndarray) else value

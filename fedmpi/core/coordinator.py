@@ -18,7 +18,7 @@ from fedmpi.core.schedule import CostModel, is_pinned, place, queue
 from fedmpi.core.segments import Layout
 from fedmpi.core.timings import RoundTimings
 from fedmpi.errors import DivergedError
-from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.policies import StopPolicy
 from fedmpi.mpi.work_queue import WorkQueue
 
 Grouping = Callable[[IntArray, IntArray], list[IntArray]]
@@ -41,7 +41,7 @@ class Coordinator:
         layout: Layout,
         client_sizes: IntArray,
         work_queue: WorkQueue | None,
-        policy: Boundary,
+        policy: StopPolicy,
         timings: RoundTimings,
         grouping: Grouping | None = None,
         block_bytes: int = 2**24,
@@ -157,7 +157,7 @@ class Coordinator:
 
     def _hear(self, arrived: Arrived) -> None:
         for rank, signal in arrived.signals:
-            self._policy.on_stop_wanted(signal, rank)
+            self._policy.on_signal(signal, rank)
 
     def _note(self, order: Order, arrived: Arrived) -> None:
         self._hear(arrived)

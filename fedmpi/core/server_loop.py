@@ -19,7 +19,7 @@ from fedmpi.core.segments import Layout
 from fedmpi.core.timings import RoundTimings
 from fedmpi.core.views import check_views
 from fedmpi.errors import EXIT_DONE, EXIT_STOPPED, DivergedError
-from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.policies import StopPolicy
 from fedmpi.mpi.comm import Comm
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class ServerLoop:
         half: ServerHalf,
         coordinator: Coordinator,
         timings: RoundTimings,
-        policy: Boundary,
+        policy: StopPolicy,
         eval_every: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -84,7 +84,7 @@ class ServerLoop:
             half: plays the rounds.
             coordinator: of the exchanges.
             timings: of the rounds.
-            policy: what is kept, and what stops the job, between two rounds.
+            policy: stops the job, and says when to write a checkpoint, between two rounds.
             eval_every: evaluate after every so many rounds and after the last; 0: never.
             observers: told of each round.
         """
@@ -95,7 +95,7 @@ class ServerLoop:
 
     def run(self) -> int:
         """Collective, as the server. Train to the end; return the exit code, the same on every rank."""
-        self._policy.begin(self._half.round_idx, self.state_dict, self._resumed)
+        self._policy.checkpoints.begin(self._half.round_idx, self.state_dict, self._resumed)
         self._timings.restart()
         code = self._run()
         self._coordinator.exit(code)
@@ -104,19 +104,19 @@ class ServerLoop:
     def _run(self) -> int:
         half = self._half
         while not half.finished():
-            reason = self._policy.stop_because()
+            reason = self._policy.begin_round()
             if reason is not None:
-                self._policy.keep(half.round_idx, self.state_dict, wait=True)
-                self._policy.note_stop(reason)
+                self._policy.checkpoints.write(half.round_idx, self.state_dict, wait=True)
+                self._policy.checkpoints.note_stop(reason)
                 logger.warning("%s: stopping after round %d; %s", reason, half.round_idx, self._policy.how_to_go_on)
                 return EXIT_STOPPED
-            kept = copy.deepcopy(half.state_dict()) if self._policy.keeps else None
+            kept = copy.deepcopy(half.state_dict()) if self._policy.checkpoints.is_on else None
             try:
                 metrics = self._round()
             except DivergedError as error:
                 return self._diverged(error, kept)
             self._report(metrics)
-        self._policy.keep(half.round_idx, self.state_dict, wait=True)
+        self._policy.checkpoints.write(half.round_idx, self.state_dict, wait=True)
         for observer in self._observers:
             observer.on_end(half)
         return EXIT_DONE
@@ -147,8 +147,8 @@ class ServerLoop:
     def _diverged(self, error: DivergedError, kept: dict[str, Any] | None) -> int:
         self.failure = error
         if kept is not None:
-            state = {**self.state_dict(), "handler": kept}
-            self._policy.keep(int(kept["round_idx"]), lambda: state, wait=True)
+            state = {**self.state_dict(), "half": kept}
+            self._policy.checkpoints.write(int(kept["round_idx"]), lambda: state, wait=True)
         logger.error("%s", error)
         return error.exit_code
 
@@ -175,17 +175,18 @@ class ServerLoop:
         )
         for observer in self._observers:
             observer.on_round(record)
-        self._policy.after_round(half.round_idx, record.timings["round_s"], self.state_dict)
+        self._policy.after_round(record.timings["round_s"])
+        self._policy.checkpoints.after_round(half.round_idx, self.state_dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, between two rounds."""
         pace = {"ranks": self._comm.size, **self._policy.state_dict()}
-        kept = {"handler": self._half.state_dict(), "costs": self._coordinator.costs.moments, "pace": pace}
+        kept = {"half": self._half.state_dict(), "costs": self._coordinator.costs.moments, "pace": pace}
         return {**kept, "elapsed_s": self._timings.elapsed_s}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, before `run`."""
-        self._half.load_state_dict(state["handler"])
+        self._half.load_state_dict(state["half"])
         self._timings.resume(float(state.get("elapsed_s", 0.0)))
         if state["pace"]["ranks"] == self._comm.size:
             self._coordinator.costs.moments = state["costs"]

@@ -26,7 +26,7 @@ from fedmpi.core.vector import model_facts
 from fedmpi.core.worker import Visitor, Worker
 from fedmpi.errors import ConfigError
 from fedmpi.lifecycle import progress
-from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.policies import StopPolicy
 from fedmpi.lifecycle.signals import StopSignals
 from fedmpi.machine.device import capability
 from fedmpi.mpi.comm import Comm
@@ -57,7 +57,7 @@ class Session:
         schedule: Literal["auto", "static", "dynamic"] = "auto",
         eval_every: int = 0,
         observers: Sequence[Observer] = (),
-        policy: Boundary | None = None,
+        policy: StopPolicy | None = None,
         signals: StopSignals | None = None,
         cuda_aware: bool = False,
         grouping: Grouping | None = None,
@@ -76,7 +76,7 @@ class Session:
                 within one node.
             eval_every: evaluate after every so many rounds and after the last; 0: never.
             observers: told of each round.
-            policy: what is kept, and what stops the job, between two rounds; None: nothing.
+            policy: stops the job, and says when to write a checkpoint, between two rounds; None: never.
             signals: of this process, to be told to the server.
             cuda_aware: MPI writes the model straight to the device.
             grouping: of clients of one step; None: each is trained by itself.
@@ -84,7 +84,7 @@ class Session:
         """
         self.comm, self._half, self._visitor, self._device = comm, half, visitor, device
         self._facts, self._schedule, self._eval_every = facts or {}, schedule, eval_every
-        self._observers, self._policy, self._grouping = observers, policy or Boundary(), grouping
+        self._observers, self._policy, self._grouping = observers, policy or StopPolicy(), grouping
         self._timings, self._block_bytes = RoundTimings(comm), block_bytes
         self._worker = Worker(comm, visitor, evaluator, signals) if visitor is not None else None
         part = half or visitor

@@ -20,7 +20,7 @@ from fedmpi.errors import ConfigError, FedmpiError
 from fedmpi.fedlab.handler import SyncParameterServerHandler
 from fedmpi.fedlab.trainer import ClientTrainer
 from fedmpi.fedlab.visits import TrainerVisitor
-from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.policies import StopPolicy
 from fedmpi.lifecycle.signals import StopSignals
 from fedmpi.mpi.comm import Comm
 
@@ -110,7 +110,7 @@ class ServerManager(NetworkManager):
         schedule: Literal["auto", "static", "dynamic"] = "auto",
         observers: Sequence[Observer] = (),
         facts: Mapping[str, object] | None = None,
-        policy: Boundary | None = None,
+        policy: StopPolicy | None = None,
         block_bytes: int = 2**24,
     ) -> None:
         """Over a handler.

@@ -1,4 +1,4 @@
-"""How a rank ends when it cannot go on: at once, with everybody else, with a true exit code and one message."""
+"""The end of a rank that cannot go on: at once, with all others, with a true exit code and one message."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _READ_S = 3.0
 
 @contextmanager
 def abort_on_crash(net: Comm) -> Iterator[None]:
-    """Around all a rank does: whatever ends one rank ends the job, at once, with a true exit code and one message.
+    """End the job when one rank ends, at once, with a true exit code and one message; goes around all of a rank's work.
 
-    That includes `sys.exit` and `os._exit` before the server has sent everybody home. An error that every rank raised
+    That includes `sys.exit` and `os._exit` before the server has ended the job. An error that every rank raised
     alike (through `on_root` or `agree`) is told by rank 0; each rank then exits by itself.
 
     Raises:
@@ -67,12 +67,12 @@ def _guarded_exit(net: Comm) -> Iterator[None]:
 
 
 def say_error(message: str) -> None:
-    """One line on standard error, in one write, whatever the terminal can encode."""
+    """Write an error as one line on standard error, in one write, whatever the terminal can encode."""
     say(f"error: {message}")
 
 
 def say(message: str, patience_s: float = _READ_S) -> None:
-    """The same for what is no error; also from within a signal handler."""
+    """Write a line as `say_error` does; also from within a signal handler."""
     with contextlib.suppress(OSError):  # nobody reads any more
         put(2, f"fedmpi: {' '.join(message.split())}\n".encode(errors="backslashreplace"), patience_s)
 
@@ -80,7 +80,7 @@ def say(message: str, patience_s: float = _READ_S) -> None:
 def end_all(net: Comm, message: str, exit_code: int) -> NoReturn:
     """End every rank with `exit_code`, from any thread.
 
-    One message a node, in one write: others often fail for the same reason, or because of this failure.
+    One message per node, in one write: others often fail for the same reason, or because of this failure.
     """
     activity = f", {net.activity}" if net.activity else ""
     where = f"[rank {net.rank}, host {socket.gethostname()}, pid {os.getpid()}{activity}]"

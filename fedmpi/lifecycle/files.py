@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from fedmpi.errors import FilesystemError
+from fedmpi.errors import FedmpiError, FilesystemError
 
 TEMP_SUFFIX = ".tmp"
+
+
+@contextlib.contextmanager
+def os_errors(error_class: type[FedmpiError], what: str, form: str = "{}: {}") -> Iterator[None]:
+    """Turn an OSError inside into `error_class` with the message "`what`: reason", or in another form of the two."""
+    try:
+        yield
+    except OSError as error:
+        raise error_class(form.format(what, error.strerror or error)) from error
 
 
 def atomic_write(
@@ -37,19 +48,18 @@ def atomic_write(
     """
     temp = temp_path(path)
     try:
-        with temp.open("xb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if may_write is not None:
-            may_write()
-        temp.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise FilesystemError(f"{path} cannot be written: {error.strerror or error}") from error
+        with os_errors(FilesystemError, f"{path} cannot be written"):
+            with temp.open("xb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if may_write is not None:
+                may_write()
+            temp.replace(path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temp.unlink()
@@ -84,7 +94,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> 
 
 
 def read_regular(path: Path, limit: int, follow: bool = False) -> bytes:
-    """The content of a regular file of at most `limit` bytes; see `open_regular`.
+    """Return the content of a regular file of at most `limit` bytes; see `open_regular`.
 
     Raises:
         OSError: as `open_regular`, or it is longer.
@@ -96,18 +106,41 @@ def read_regular(path: Path, limit: int, follow: bool = False) -> bytes:
     return content
 
 
+def open_limited(path: str | Path, limit: int) -> BufferedReader:
+    """Open a regular file of at most `limit` bytes to read; links are followed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: as `open_regular`, or it is longer; `strerror` says so.
+    """
+    try:
+        descriptor = open_regular(Path(path), follow=True)
+    except ValueError as error:  # a null byte in the name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+    size = os.fstat(descriptor).st_size
+    if size > limit:
+        os.close(descriptor)
+        raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read")
+    return os.fdopen(descriptor, "rb")
+
+
+def sha256_of(path: str | Path, limit: int) -> str:
+    """Return the SHA-256 (hex) of a regular file of at most `limit` bytes; errors as in `open_limited`."""
+    with open_limited(path, limit) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def refuse_odd(path: Path, folder: bool = False) -> None:
     """See that `path` is a regular file (or a folder), no link, or not there.
 
     Raises:
         FilesystemError: it is something else, which somebody put there.
     """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise FilesystemError(f"{path} cannot be read: {error.strerror}") from error
+    with os_errors(FilesystemError, f"{path} cannot be read"):
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            return
     if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
         kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
         found = kinds.get(stat.S_IFMT(mode), "a pipe, socket or device")
@@ -115,16 +148,16 @@ def refuse_odd(path: Path, folder: bool = False) -> None:
 
 
 def temp_path(path: Path) -> Path:
-    """A fresh hidden name beside `path`; `remove_temps` finds what a killed process left under such names."""
+    """Return a fresh hidden name beside `path`; `remove_temps` finds what a killed process left under such names."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMP_SUFFIX}")
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or `path`-2, `path`-3, ...: the first that nothing has, not even a link to nowhere."""
-    names = (path.name if attempt == 1 else f"{path.name}-{attempt}" for attempt in range(1, 10_000))
-    for name in names:
-        if not os.path.lexists(path.with_name(name)):
-            return path.with_name(name)
+    """Return `path`, or `path`-2, `path`-3, ...: the first that nothing has, not even a link to nowhere."""
+    for attempt in range(1, 10_000):
+        free = path if attempt == 1 else path.with_name(f"{path.name}-{attempt}")
+        if not os.path.lexists(free):
+            return free
     raise FilesystemError(f"{path}: ten thousand such names are taken")
 
 

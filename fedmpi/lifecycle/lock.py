@@ -7,7 +7,7 @@ the file system's own clock. A lock dated in the future (a clock was set back) i
 for three heartbeats. Only who holds the guard (`<lock>.takeover`, a lock too) may replace a stale lock, so two
 processes that find the same stale lock cannot both win.
 
-A holder that slept for longer than `STALE_S` may have lost its lock: it asks `require` before each write.
+A holder that slept for longer than `STALE_S` may have lost its lock: it calls `require` before each write.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from types import TracebackType
 
 from fedmpi.errors import FilesystemError, shown
 from fedmpi.lifecycle import progress
-from fedmpi.lifecycle.files import read_regular, temp_path
+from fedmpi.lifecycle.files import os_errors, read_regular, temp_path
 from fedmpi.mpi.processes import process_stat
 
 HEARTBEAT_S = 10.0
@@ -34,21 +34,24 @@ STALE_S = 60.0
 
 _MISSED_BEATS = 3
 _MOST_BYTES = 4096
-_FIELD = 255
+_MOST_CHARACTERS = 255
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The process that holds a lock.
+
+    Attributes:
+        machine: host, boot and pid namespace, within which `pid` can be compared.
+        started: start of the process in the kernel's ticks, so that a reused pid is not taken for it; empty: unknown.
+    """
 
     host: str
     pid: int
     machine: str
-    """What makes `pid` comparable: host, boot and pid namespace."""
     started: str
-    """When the process started, in the kernel's ticks, so that a reused pid is not taken for it; empty: unknown."""
     since: str
     token: str
 
@@ -63,46 +66,44 @@ class FileLock:
         path: the lock file; its folder must exist and be writable.
         timeout_s: how long to wait for a live holder; 0 refuses at once.
         what: what the lock protects, for messages (default: the folder of `path`).
+        heartbeat_s: how often the holder touches the file.
 
     Raises:
         FilesystemError: on entry: a live process holds the lock ("runs/a is in use by HOST pid PID since TIME"), or
             the folder is missing or read-only.
     """
 
-    def __init__(self, path: Path, timeout_s: float = 1800.0, what: str = "") -> None:
-        self.path = path
-        self.timeout_s = timeout_s
-        self.what = what or str(path.parent)
+    def __init__(self, path: Path, timeout_s: float = 1800.0, what: str = "", heartbeat_s: float = HEARTBEAT_S) -> None:
+        self.path, self.timeout_s, self.what = path, timeout_s, what or str(path.parent)
+        self._beat_s, self._watch_s = heartbeat_s, _MISSED_BEATS * heartbeat_s
         self._token = ""
-        self._sightings: _Sightings = {}
+        self._sightings: dict[Path, tuple[tuple[int, bytes], float]] = {}
+        """Locks dated in the future: path -> (time stamp and content, when they were first seen together)."""
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
 
     def __enter__(self) -> FileLock:
         give_up = time.monotonic() + self.timeout_s
-        pause_s, told = 0.02, False
+        pause_s, is_logged = 0.02, False
         while True:
             me = _me()
-            try:
-                holder = _try_acquire(self.path, me, self._sightings)
-            except OSError as error:
-                raise FilesystemError(f"lock {self.path} cannot be created: {error.strerror or error}") from error
+            with os_errors(FilesystemError, f"lock {self.path} cannot be created"):
+                holder = self._try_acquire(self.path, me)
             if holder is None:
                 break
             # whoever created it just now is still writing its name; one dated in the future is watched
-            grace_s = (
-                _MISSED_BEATS * HEARTBEAT_S + 1.0 if self._sightings else 0.0 if isinstance(holder, Holder) else 1.0
-            )
+            grace_s = self._watch_s + 1.0 if self._sightings else 0.0 if isinstance(holder, Holder) else 1.0
             if time.monotonic() >= give_up + grace_s:
                 waited = f" (waited {self.timeout_s:.0f} s for {self.path})" if self.timeout_s else ""
                 raise FilesystemError(f"{self.what} is in use by {holder}{waited}")
-            if not told and self._sightings:
-                logger.info("waiting for %s: in use by %s, unless its lock, which is dated in the future, stands still"
-                            " for %.0f s", self.what, holder, _MISSED_BEATS * HEARTBEAT_S)  # fmt: skip
-                told = True
-            if not told and self.timeout_s > 0 and pause_s > 0.3:
-                logger.info("waiting for %s: in use by %s", self.what, holder)
-                told = True
+            if not is_logged and (self._sightings or (self.timeout_s > 0 and pause_s > 0.3)):
+                unless = (
+                    f", unless its lock, which is dated in the future, stands still for {self._watch_s:.0f} s"
+                    if self._sightings
+                    else ""
+                )
+                logger.info("waiting for %s: in use by %s%s", self.what, holder, unless)
+                is_logged = True
             progress.beat()  # to wait is no stall
             time.sleep(pause_s)
             pause_s = min(0.5, pause_s * 1.5)
@@ -126,14 +127,14 @@ class FileLock:
         Raises:
             FilesystemError: another process took it over, or somebody removed it.
         """
-        try:
-            holder = _read(self.path)
-        except FileNotFoundError:
-            raise FilesystemError(
-                f"{self.what} is no longer this job's: {self.path} was removed, another job may have used the folder"
-            ) from None
-        except OSError as error:
-            raise FilesystemError(f"lock {self.path} cannot be read: {error.strerror or error}") from error
+        with os_errors(FilesystemError, f"lock {self.path} cannot be read"):
+            try:
+                holder = _parse(read_regular(self.path, _MOST_BYTES))
+            except FileNotFoundError:
+                raise FilesystemError(
+                    f"{self.what} is no longer this job's: {self.path} was removed, another job may have used the"
+                    " folder"
+                ) from None
         if holder is None or holder.token != self._token:
             raise FilesystemError(
                 f"{self.what} is in use by {holder or 'an unknown process'}: it took the folder over from this job,"
@@ -141,69 +142,56 @@ class FileLock:
             )
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
+        while not self._stop.wait(self._beat_s):
             with contextlib.suppress(OSError):  # a file system that is away for a moment; the next beat tells
-                if not _is_mine(self.path, self._token):
+                if not _is_held(self.path, self._token):
                     return  # `require` says so
                 os.utime(self.path, follow_symlinks=False)
 
-
-_Sightings = dict[Path, tuple[tuple[int, bytes], float]]
-"""Locks dated in the future: path -> (time stamp and content, when they were first seen together)."""
-
-
-def _try_acquire(path: Path, me: Holder, sightings: _Sightings) -> Holder | str | None:
-    """None if `me` now holds `path`, else who does (text where the file does not say)."""
-    content = json.dumps(dataclasses.asdict(me)).encode()
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        pass
-    else:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        return None
-    holder, stale = _judge(path, sightings)
-    if not stale:
-        return holder
-    guard = path.with_name(path.name + ".takeover")
-    if _try_acquire(guard, me, sightings) is not None:
-        return holder
-    try:
-        holder, stale = _judge(path, sightings)  # again: only now nobody else can replace it
-        if not stale:
-            return holder
-        temp = temp_path(path)
-        try:
-            with temp.open("xb") as file:
+    def _try_acquire(self, path: Path, me: Holder) -> Holder | str | None:
+        """Return None if `me` now holds `path`, else the holder (text where the file does not say)."""
+        content = json.dumps(dataclasses.asdict(me)).encode()
+        with contextlib.suppress(FileExistsError):
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb") as file:
                 file.write(content)
-            temp.replace(path)
+            return None
+        holder, stale = self._judge(path)
+        guard = path.with_name(path.name + ".takeover")
+        if not stale or self._try_acquire(guard, me) is not None:
+            return holder
+        try:
+            holder, stale = self._judge(path)  # again: only now nobody else can replace it
+            if not stale:
+                return holder
+            temp = temp_path(path)
+            try:
+                temp.write_bytes(content)
+                temp.replace(path)
+            finally:
+                temp.unlink(missing_ok=True)
         finally:
-            temp.unlink(missing_ok=True)
-    finally:
-        _release(guard, me.token)
-    logger.warning("took over the stale lock %s of %s", path, holder)
-    return None
+            _release(guard, me.token)
+        logger.warning("took over the stale lock %s of %s", path, holder)
+        return None
 
-
-def _judge(path: Path, sightings: _Sightings) -> tuple[Holder | str, bool]:
-    """Who holds `path`, and whether the lock is stale."""
-    now = time.monotonic()
-    before, since = sightings.pop(path, (None, now))
-    try:
-        content, stat = read_regular(path, _MOST_BYTES), path.lstat()
-    except FileNotFoundError:
-        return "a process that is just leaving", False
-    holder = _parse(content)
-    if holder is not None and holder.machine == _machine():
-        return holder, not _alive(holder)
-    age_s = _clock(path) - stat.st_mtime
-    told = holder or f"an unknown process since {_date(stat.st_mtime)}"
-    if age_s >= -STALE_S:
-        return told, age_s > STALE_S
-    seen = stat.st_mtime_ns, content
-    sightings[path] = seen, since if seen == before else now
-    return told, now - sightings[path][1] > _MISSED_BEATS * HEARTBEAT_S
+    def _judge(self, path: Path) -> tuple[Holder | str, bool]:
+        """Return the holder of `path`, and True if the lock is stale."""
+        now = time.monotonic()
+        before, since = self._sightings.pop(path, (None, now))
+        try:
+            content, stat = read_regular(path, _MOST_BYTES), path.lstat()
+        except FileNotFoundError:
+            return "a process that is just leaving", False
+        holder = _parse(content)
+        if holder is not None and holder.machine == machine_id():
+            return holder, not _is_alive(holder)
+        age_s = _now_of(path) - stat.st_mtime
+        name = holder or f"an unknown process since {_date(stat.st_mtime)}"
+        if age_s >= -STALE_S:
+            return name, age_s > STALE_S
+        seen = stat.st_mtime_ns, content
+        self._sightings[path] = seen, since if seen == before else now
+        return name, now - self._sightings[path][1] > self._watch_s
 
 
 def _date(seconds: float) -> str:
@@ -213,54 +201,48 @@ def _date(seconds: float) -> str:
         return "an impossible date"
 
 
-def _clock(path: Path) -> float:
-    """Now, by the clock of the file system of `path`: other machines' clocks may be minutes off."""
+def _now_of(path: Path) -> float:
+    """Return the time by the clock of the file system of `path`: other machines' clocks may be minutes off."""
     temp = temp_path(path)
-    descriptor = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
-        return os.fstat(descriptor).st_mtime
+        with temp.open("xb") as file:
+            return os.fstat(file.fileno()).st_mtime
     finally:
-        os.close(descriptor)
         temp.unlink(missing_ok=True)
 
 
 def _release(path: Path, token: str) -> None:
     with contextlib.suppress(OSError):  # a folder that was removed or went read-only: then the lock goes stale
-        if _is_mine(path, token):
+        if _is_held(path, token):
             path.unlink()
 
 
-def _is_mine(path: Path, token: str) -> bool:
+def _is_held(path: Path, token: str) -> bool:
     try:
-        holder = _read(path)
+        holder = _parse(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         return False
     return holder is not None and holder.token == token
 
 
-def _read(path: Path) -> Holder | None:
-    return _parse(read_regular(path, _MOST_BYTES))
-
-
 def _parse(content: bytes) -> Holder | None:
     try:
-        fields = json.loads(content)
-        holder = Holder(**fields)
+        holder = Holder(**json.loads(content))
     except (TypeError, ValueError, RecursionError):
         return None
     texts = (holder.host, holder.machine, holder.started, holder.since, holder.token)
-    if not all(type(text) is str and len(text) <= _FIELD for text in texts):
+    if not all(type(text) is str and len(text) <= _MOST_CHARACTERS for text in texts):
         return None
     return holder if type(holder.pid) is int and 0 < holder.pid < 2**31 else None
 
 
 def _me() -> Holder:
-    since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    pid = os.getpid()
-    return Holder(socket.gethostname(), pid, _machine(), _process(pid)[1], since, secrets.token_hex(8))
+    since, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), str(process_stat(os.getpid()).started or "")
+    return Holder(socket.gethostname(), os.getpid(), machine_id(), started, since, secrets.token_hex(8))
 
 
-def _machine() -> str:
+def machine_id() -> str:
+    """Return host, boot and pid namespace: processes of the same machine can be compared by their ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not Linux: the host name alone
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -268,18 +250,14 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _alive(holder: Holder) -> bool:
+def _is_alive(holder: Holder) -> bool:
     try:
         os.kill(holder.pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    state, started = _process(holder.pid)
-    return state not in ("Z", "X") and (not holder.started or not started or started == holder.started)
-
-
-def _process(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process as Linux tells them; empty where it does not."""
-    stat = process_stat(pid)
-    return stat.state, str(stat.started or "")
+    stat = process_stat(holder.pid)
+    return stat.state not in ("Z", "X") and (
+        not holder.started or not stat.started or str(stat.started) == holder.started
+    )

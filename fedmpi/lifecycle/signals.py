@@ -1,4 +1,4 @@
-"""What makes a job stop before its last round: a signal, or the end of its time."""
+"""Reasons to stop a job before its last round: a signal, and the end of its time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        """Nothing is caught yet."""
+        """Begin without catching a signal."""
         self._wishes = [signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: a terminal that closes is no wish
             self._wishes.append(signal.SIGHUP)
@@ -74,7 +74,7 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class Deadline:
-    """When this job's time is over.
+    """The end of this job's time.
 
     Attributes:
         at: by `time.monotonic`, which no change of the clock moves.
@@ -87,16 +87,18 @@ class Deadline:
     remedy: str = "give it more time"
 
     def left_s(self) -> float:
-        """Seconds until then."""
+        """Return the seconds until then."""
         return self.at - time.monotonic()
 
     def less(self, seconds: float) -> Deadline:
-        """So much earlier."""
+        """Return a deadline that is so much earlier."""
         return replace(self, at=self.at - seconds)
 
 
-def slurm_deadline(environ: Mapping[str, str], proc: Path = PROC) -> Deadline | None:
-    """The end of the Slurm job that this process runs in, if any. May start a child process: call it before MPI.
+def slurm_deadline(
+    environ: Mapping[str, str], proc: Path = PROC, patience_s: float = _SLURM_ANSWERS_S
+) -> Deadline | None:
+    """Return the end of the Slurm job that this process runs in, if any. May start a child process: call it before MPI.
 
     Variables that another job left behind name no job of this process, and nobody is asked.
     """
@@ -106,27 +108,30 @@ def slurm_deadline(environ: Mapping[str, str], proc: Path = PROC) -> Deadline | 
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     if task and job == array:  # one task of an array has the array's own number: alone it stands for all tasks
         job = f"{array}_{task}"
-    left_s = slurm_seconds_left(job, environ)
+    left_s = slurm_seconds_left(job, environ, patience_s)
     if left_s is None:
         return None
     return Deadline(time.monotonic() + left_s, f"the time limit of Slurm job {job}", "give the job more time (--time)")
 
 
-def earlier(*deadlines: Deadline | None) -> Deadline | None:
-    """The earliest of those that there are."""
-    return min((each for each in deadlines if each), key=lambda deadline: deadline.at, default=None)
+def job_deadline(started: float, max_seconds: float | None, slurm: Deadline | None) -> Deadline | None:
+    """Return the earlier of `slurm` and --max-seconds after `started` (`time.monotonic`), if there is one."""
+    if max_seconds is None:
+        return slurm
+    own = Deadline(started + max_seconds, f"--max-seconds {max_seconds:g}", "raise --max-seconds")
+    return min(own, slurm or own, key=lambda deadline: deadline.at)
 
 
-def slurm_seconds_left(job: str, environ: Mapping[str, str]) -> float | None:
-    """Seconds that Slurm gives `job`, asked from it; else by the end time in the environment; None: no limit known."""
+def slurm_seconds_left(job: str, environ: Mapping[str, str], patience_s: float = _SLURM_ANSWERS_S) -> float | None:
+    """Return the seconds that Slurm gives `job`; else by the end time in the environment; None: no limit is known."""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%L"],
-            capture_output=True, text=True, timeout=_SLURM_ANSWERS_S, env=dict(environ), check=False,
+            capture_output=True, text=True, timeout=patience_s, env=dict(environ), check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
-        told = None
-    answer = told.stdout.strip() if told is not None and told.returncode == 0 else "?"
+        done = None
+    answer = done.stdout.strip() if done is not None and done.returncode == 0 else "?"
     left_s = parse_slurm_time(answer)
     if left_s is not None or answer in ("", "UNLIMITED", "NOT_SET"):  # "": a variable left over in this shell
         return left_s
@@ -137,7 +142,7 @@ def slurm_seconds_left(job: str, environ: Mapping[str, str]) -> float | None:
 
 
 def parse_slurm_time(text: str) -> float | None:
-    """Seconds of Slurm's [days-][[hours:]minutes:]seconds, as in "1-02:03:04", "59:30" or "0:07"; else None."""
+    """Return the seconds of Slurm's [days-][[hours:]minutes:]seconds, as in "1-02:03:04" or "0:07"; else None."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return None
@@ -146,5 +151,5 @@ def parse_slurm_time(text: str) -> float | None:
 
 
 def name_of(signal_number: int) -> str:
-    """Such as "SIGTERM"."""
+    """Return such as "SIGTERM"."""
     return signal.Signals(signal_number).name

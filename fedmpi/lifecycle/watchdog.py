@@ -15,17 +15,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.exits import end_all
+from fedmpi.lifecycle.status import Status, status_of
 from fedmpi.mpi import streams
 from fedmpi.mpi.processes import SERVER_RANK, process_stat
 
 if TYPE_CHECKING:
-    from fedmpi.lifecycle.policies import Boundary
+    from fedmpi.lifecycle.policies import StopPolicy
     from fedmpi.mpi.comm import Comm
 
 _PATIENCE = 3.0
@@ -35,15 +37,15 @@ _SET_UP_S = 600.0
 """The least that is too long in the set-up, whose steps nobody counts."""
 
 _UNKNOWN = 10
-"""So many times longer may a client take of which nothing is known."""
+"""A client of which nothing is known may take this many times longer."""
 
 _LOOKS = 8  # in the time that a rank may be silent
-_ENDING_S = 2.0  # what it takes to end all ranks
+_ENDING_S = 2.0  # to end all ranks
 _STACK_S = 0.5  # until a rank that was asked for its stack has printed it
 
 
 class Silence:
-    """How long something has not changed, and how long it may."""
+    """The time for which a value has not changed, and the time for which it may."""
 
     def __init__(self, timeout_s: float) -> None:
         """`timeout_s`: the least that is too long."""
@@ -53,7 +55,7 @@ class Silence:
         self._since: float | None = None
 
     def look(self, value: object, now: float) -> float:
-        """Seconds for which `value` has not changed."""
+        """Return the seconds for which `value` has not changed."""
         if self._since is None or value != self._seen:
             if self._since is not None:
                 self._longest_s = max(self._longest_s, now - self._since)
@@ -66,24 +68,33 @@ class Silence:
 
     @property
     def limit_s(self) -> float:
-        """How long is too long."""
+        """The seconds after which it is too long."""
         return max(self._timeout_s, _PATIENCE * self._longest_s)
 
 
 class Watchdog:
     """`with Watchdog(...)` around a job: its set-up, then, from `begin_rounds` to `stop`, the round loop."""
 
-    def __init__(self, net: Comm, timeout_s: float) -> None:
+    def __init__(
+        self,
+        comm: Comm,
+        timeout_s: float,
+        set_up_s: float = _SET_UP_S,
+        end: Callable[[Comm, str, int], object] = end_all,
+    ) -> None:
         """Watch this rank and its node.
 
         Args:
-            net: this rank's end of the communicator.
-            timeout_s: seconds a rank may be silent, `_SET_UP_S` at least in the set-up; 0: for ever.
+            comm: this rank's end of the communicator.
+            timeout_s: seconds a rank may be silent; 0: for ever.
+            set_up_s: the same in the set-up, if it is more.
+            end: ends all ranks, with a message and an exit code.
         """
-        self._net = net
-        self._boundary: Boundary | None = None
-        self._timeout_s = timeout_s
-        self._begin(max(timeout_s, _SET_UP_S))
+        self._comm = comm
+        self._policy: StopPolicy | None = None
+        self._timeout_s, self._set_up_s = timeout_s, max(timeout_s, set_up_s)
+        self._end_all = end
+        self._begin(self._set_up_s)
         self._awake = self._looked = 0.0
         self._pause_s = min(1.0, timeout_s / _LOOKS) if timeout_s else 1.0
         self._stop = threading.Event()
@@ -93,18 +104,18 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error, or no such signal here
             faulthandler.register(signal.SIGUSR2, 2, all_threads=False)
-        self._show()
+        self._show(self._look())
         self._thread.start()
         return self
 
-    def begin_rounds(self, boundary: Boundary | None = None) -> None:
-        """From now on `timeout_s` holds. On the server `boundary` knows of the job's time."""
-        self._boundary = boundary
+    def begin_rounds(self, policy: StopPolicy | None = None) -> None:
+        """From now on `timeout_s` holds. On the server `policy` knows of the job's time."""
+        self._policy = policy
         self._begin(self._timeout_s)
 
     def _begin(self, timeout_s: float) -> None:
         self._own = Silence(timeout_s)
-        self._others = {rank: Silence(timeout_s) for rank in self._net.node if rank != self._net.rank}
+        self._others = {rank: Silence(timeout_s) for rank in self._comm.node if rank != self._comm.rank}
 
     def stop(self) -> None:
         """Watch no more: the ranks are about to leave."""
@@ -127,26 +138,34 @@ class Watchdog:
                     silence.forget()
                 self._awake = now
             before = now
-            self._show()
-            if self._boundary is not None:
-                self._check_time(self._boundary)
+            status = self._look()
+            self._show(status)
+            if status.overdue is not None:
+                self._give_up(status.overdue)
             if self._timeout_s:
-                self._check_own(now)
-                self._check_node(now)
-                self._check_far(now)
-            if self._timeout_s and self._boundary is not None:
-                self._check_disk(self._boundary)
+                self._check_own(status, now)
+                self._check_node(status, now)
+                self._check_far(status, now)
+                if status.writes_for_s > max(self._timeout_s, _PATIENCE * status.longest_write_s):
+                    for_s = f"{status.writes_for_s:.0f} s"
+                    self._end(f"a checkpoint has been under way to the disk for {for_s} (--stall-timeout)")
 
-    def _show(self) -> None:
-        self._net.status.show(f"{self._net.activity or 'starting'}, {progress.steps()} steps so far")
+    def _look(self) -> Status:
+        return status_of(self._comm, self._policy, _ENDING_S)
 
-    def _check_own(self, now: float) -> None:
-        silent_s = self._own.look(now if self._net.waits else (progress.steps(), self._net.activity), now)
+    def _show(self, status: Status) -> None:
+        self._comm.status.show(f"{status.activity or 'starting'}, {status.steps} steps so far")
+
+    def _silent_s(self, status: Status, now: float) -> float:
+        return self._own.look(now if status.waits else (status.steps, status.activity), now)
+
+    def _check_own(self, status: Status, now: float) -> None:
+        silent_s = self._silent_s(status, now)
         if silent_s > self._own.limit_s / 4 and now - self._looked > self._own.limit_s / _LOOKS:
             self._looked = now
             progress.look()  # nobody counts the steps of a user's own loop; to look costs a pass over the model
-        steps = progress.steps()
-        silent_s = self._own.look(now if self._net.waits else (steps, self._net.activity), now)
+            status = self._look()
+            silent_s = self._silent_s(status, now)
         if silent_s <= self._own.limit_s:
             return
         if self._main_id is not None and streams.is_stuck(self._main_id):
@@ -158,55 +177,46 @@ class Watchdog:
             stack.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
             frame = frame.f_back
         where = "\n".join(reversed(stack))
-        self._end(
-            f"has made no progress for {silent_s:.0f} s, after {steps} steps (--stall-timeout). It is at\n{where}"
-        )
+        silence = f"no progress for {silent_s:.0f} s, after {status.steps} steps"
+        self._end(f"has made {silence} (--stall-timeout). It is at\n{where}")
 
-    def _check_node(self, now: float) -> None:
-        for rank, silence in self._others.items():
-            count, doing = self._net.status.read(rank)
-            silent_s = silence.look(count, now)
-            if silent_s > silence.limit_s:
-                pid = self._net.peers.get(rank)
+    def _check_node(self, status: Status, now: float) -> None:
+        for rank, (count, activity) in status.others.items():
+            silent_s = self._others[rank].look(count, now)
+            if silent_s > self._others[rank].limit_s:
+                pid = self._comm.peers.get(rank)
                 self._end(
                     f"rank {rank} (pid {pid or 'unknown'}) of this host has shown no sign of life for {silent_s:.0f} s"
-                    f" (--stall-timeout): {doing}; {_how_it_is(pid)}"
+                    f" (--stall-timeout): {activity}; {_state_of(pid)}"
                 )
 
-    def _check_far(self, now: float) -> None:
-        rank, since = self._net.waits_for
-        by_server = self._net.rank == SERVER_RANK
-        if rank is None or rank in self._net.node or not (by_server or rank == SERVER_RANK):
+    def _check_far(self, status: Status, now: float) -> None:
+        rank, since = status.waits_for
+        by_server = self._comm.rank == SERVER_RANK
+        if rank is None or rank in self._comm.node or not (by_server or rank == SERVER_RANK):
             return
+        limit_s, pending = self._set_up_s, status.pending
+        if pending is not None:  # the longest that a rank may take to answer
+            client_s = max(self._timeout_s, _PATIENCE * pending.longest_client_s)
+            limit_s = client_s * (pending.clients_per_rank + 1) * (1 if pending.longest_client_s else _UNKNOWN)
         for_s = now - max(since, self._awake)
-        if for_s > (1 if by_server else 2) * self._answer_s():  # the server itself waits for answers first
+        if for_s > (1 if by_server else 2) * limit_s:  # the server itself waits for answers first
             self._end(f"rank {rank} of another host has not answered for {for_s:.0f} s (--stall-timeout)")
 
-    def _answer_s(self) -> float:
-        """How long a rank may take to answer the order of the round at hand."""
-        pending = self._net.pending
-        if pending is None:
-            return max(self._timeout_s, _SET_UP_S)
-        client_s = max(self._timeout_s, _PATIENCE * pending.longest_client_s)
-        return client_s * (pending.clients_per_rank + 1) * (1 if pending.longest_client_s else _UNKNOWN)
-
-    def _check_disk(self, boundary: Boundary) -> None:
-        writes_s, longest_s = boundary.writes_for_s()
-        if writes_s > max(self._timeout_s, _PATIENCE * longest_s):
-            self._end(f"a checkpoint has been under way to the disk for {writes_s:.0f} s (--stall-timeout)")
-
-    def _check_time(self, boundary: Boundary) -> None:
-        reason = boundary.overdue(_ENDING_S)
-        if reason is not None:
-            self._end(reason, EXIT_STOPPED)
+    def _give_up(self, reason: str) -> None:
+        assert self._policy is not None
+        note = threading.Thread(target=self._policy.checkpoints.note_stop, args=(reason,), daemon=True)
+        note.start()
+        note.join(_ENDING_S / 4)  # the disk may be what hangs
+        self._end(reason, EXIT_STOPPED)
 
     def _end(self, message: str, exit_code: int = EXIT_CRASH) -> None:
         if not self._stop.is_set():
-            end_all(self._net, message, exit_code)
+            self._end_all(self._comm, message, exit_code)
 
 
-def _how_it_is(pid: int | None) -> str:
-    """The state of a process of this host; prints its stack if it can still do that."""
+def _state_of(pid: int | None) -> str:
+    """Return the state of a process of this host in words; it prints its stack if it can still do that."""
     state = process_stat(pid).state if pid else ""
     if not state:
         return "its state is unknown"

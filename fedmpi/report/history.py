@@ -10,12 +10,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedmpi.core.record import RoundRecord
 from fedmpi.errors import CheckpointError, FilesystemError
-from fedmpi.lifecycle.files import atomic_write, open_regular
+from fedmpi.lifecycle.files import atomic_write, open_regular, os_errors
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,8 @@ class History:
         self._digest = hashlib.sha256()
         self.num_bytes = num_bytes
         self._file = -1
-        try:
+        with self._os_errors():
             source = open_regular(path) if num_bytes else None
-        except OSError as error:
-            raise self._failed(error) from error
         self._replace(source)
 
     def __del__(self) -> None:
@@ -67,7 +66,7 @@ class History:
         return self._digest.hexdigest()
 
     def on_round(self, record: RoundRecord) -> None:
-        """One line more, in the file before the next round starts.
+        """Append a line, which is in the file before the next round starts.
 
         Raises:
             FilesystemError: the line cannot be written, or the file is no longer what was written.
@@ -76,15 +75,12 @@ class History:
         if not record.reported:
             del fields["reported"]
         line = (json.dumps(fields, allow_nan=False) + "\n").encode()
-        with self._lock:
-            try:
-                self._put_right()
-                self._may_write()
-                written = 0
-                while written < len(line):
-                    written += os.write(self._file, line[written:])
-            except OSError as error:
-                raise self._failed(error) from error
+        with self._lock, self._os_errors():
+            self._put_right()
+            self._may_write()
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
             self._digest.update(line)
             self.num_bytes += len(line)
 
@@ -94,12 +90,9 @@ class History:
         Raises:
             FilesystemError: it cannot be brought there.
         """
-        with self._lock:
-            try:
-                self._put_right()
-                os.fsync(self._file)
-            except OSError as error:
-                raise self._failed(error) from error
+        with self._lock, self._os_errors():
+            self._put_right()
+            os.fsync(self._file)
 
     def _put_right(self) -> None:
         """See that the path leads to the file as it was written; else write it again, if it is still known."""
@@ -133,30 +126,29 @@ class History:
             self._may_write()
 
         try:
-            atomic_write(self._path, copy, check)
-            if self._file >= 0:
-                os.close(self._file)
-            self._digest = digest
-            self._file = open_regular(self._path, os.O_RDWR | os.O_APPEND)
-        except OSError as error:
-            raise self._failed(error) from error
+            with self._os_errors():
+                atomic_write(self._path, copy, check)
+                if self._file >= 0:
+                    os.close(self._file)
+                self._digest = digest
+                self._file = open_regular(self._path, os.O_RDWR | os.O_APPEND)
         finally:
             if source is not None:
                 os.close(source)
 
-    def _failed(self, error: OSError) -> FilesystemError:
-        return FilesystemError(f"{self._path} cannot be written: {error.strerror}")
+    def _os_errors(self) -> AbstractContextManager[None]:
+        return os_errors(FilesystemError, f"{self._path} cannot be written")
 
 
 def read_history(path: Path) -> list[RoundRecord]:
-    """The records of a `history.jsonl`."""
+    """Return the records of a `history.jsonl`."""
     return [RoundRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def flat_rows(path: str | Path) -> list[dict[str, Any]]:
-    """One flat row per round of a `history.jsonl`, for `pandas.DataFrame`: timings and reported numbers are columns."""
+    """Return one row per round, for `pandas.DataFrame`: timings and reported numbers are columns."""
     rows = [dataclasses.asdict(record) for record in read_history(Path(path))]
-    return [row | row.pop("timings") | row.pop("reported") for row in rows]
+    return [{**row.pop("timings"), **row.pop("reported"), **row} for row in rows]
 
 
 def check_history(path: Path, num_bytes: int, rounds: int, sha256: str | None = None) -> None:

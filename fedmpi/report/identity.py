@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedmpi.core.model_checks import bytes_of
-from fedmpi.lifecycle.files import read_regular
+from fedmpi.lifecycle.files import sha256_of
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _MOST_PARTS = 2000
@@ -24,12 +24,12 @@ _NOT_THE_USERS = ("fedmpi.", "torch.", "torchvision.", "numpy.", "builtins.", "a
 
 
 def identity(algorithm: str, model: nn.Module) -> dict[str, dict[str, object]]:
-    """What makes a run this one beside options and data: the algorithm ("module:NAME") and the server's fresh model."""
+    """Return a run's identity beside options and data: its algorithm ("module:NAME") and the server's fresh model."""
     return {"algorithm": {"algorithm": algorithm}, "model": {**model_parts(model)}}
 
 
 def model_parts(model: nn.Module) -> dict[str, str]:
-    """What the model is, by part: two models of equal parts are built alike, but for weights that train.
+    """Describe a model by part: two models of equal parts are built alike, but for weights that train.
 
     A part is a module: its type, its settings (`extra_repr`, and public attributes that are numbers, text, functions or
     tuples and lists of such), shape and dtype of its tensors, and the beginning of the SHA-256 of
@@ -54,7 +54,7 @@ def _part(module: nn.Module) -> str:
 
 
 def _setting(name: str, value: object) -> str:
-    """The value of a setting as text; empty: it is none."""
+    """Return the value of a setting as text; empty: it is none."""
     return "" if name.startswith("_") or name == "training" else _plain(value)
 
 
@@ -91,12 +91,12 @@ def _sha256(param: torch.Tensor) -> str:
 
 
 def functions_of(function: object | None, model: nn.Module) -> list[object]:
-    """A user's function behind `--model`, if there is one, and the classes of the parts of the model it made."""
+    """Return a user's function behind `--model`, if there is one, and the classes of the parts of the model it made."""
     return [*([function] if function else []), *dict.fromkeys(type(part) for part in model.modules())]
 
 
 def sources(functions: Mapping[str, Iterable[object]]) -> dict[str, dict[str, str]]:
-    """Source file and SHA-256 of what is the user's among `functions` (role -> functions and classes), by role.
+    """Return source file and SHA-256 of what is the user's among `functions` (role -> functions and classes), by role.
 
     A class stands for those it is derived from too. A role with several files gets a number behind its name.
     """
@@ -130,6 +130,6 @@ def _files(thing: object) -> list[Path]:
 
 def _file_sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(read_regular(path, _MOST_SOURCE_BYTES, follow=True)).hexdigest()
+        return sha256_of(path, _MOST_SOURCE_BYTES)
     except OSError:
         return "unreadable"

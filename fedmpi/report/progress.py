@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Logs one line a round, and a summary at the end."""
+    """Logs one line per round, and a summary at the end."""
 
     def __init__(self, rounds: int, elapsed_s: float = 0.0) -> None:
         """`rounds` in all; the jobs of this run before this one have taken `elapsed_s`."""
@@ -29,7 +29,7 @@ class Progress:
         self._idle = 0.0
 
     def on_round(self, record: RoundRecord) -> None:
-        """The line of this round."""
+        """Log the line of this round."""
         seconds = record.timings["round_s"]
         self._recent.append(seconds)
         self._done += 1
@@ -49,10 +49,10 @@ class Progress:
         logger.info("%s", "   ".join(parts))
 
     def on_end(self, handler: ServerHalf) -> None:
-        """Nothing: `summary` is asked for once all ranks know that the run is over."""
+        """Do nothing: `summary` is called once all ranks know that the run is over."""
 
     def summary(self, model_hash: str, run_dir: Path) -> str:
-        """What the run came to, one line."""
+        """Return the outcome of the run in one line."""
         seconds = time.perf_counter() - self._begun
         accuracy = f"{100 * self._accuracies[-1]:.2f} %" if self._accuracies else "not evaluated"
         idle = 100 * self._idle / max(self._done, 1)

@@ -11,7 +11,7 @@ from fedmpi.data.partition_pickle import read_manifest
 
 
 def input_record(dataset: Dataset) -> dict[str, list[object]]:
-    """What model.pt needs elsewhere: shape of a sample, mean and std per channel (of x / 255), names of the classes."""
+    """Return what model.pt needs elsewhere: shape of a sample, mean and std per channel (of x / 255), class names."""
     return {
         "input_shape": [*dataset.input_shape],
         "mean": [*dataset.mean],
@@ -21,10 +21,10 @@ def input_record(dataset: Dataset) -> dict[str, list[object]]:
 
 
 def split_record(config: RunConfig, sha256: str) -> dict[str, dict[str, object]]:
-    """The file that the split came from, its SHA-256 as a split, and what its manifest says; empty: from no file."""
+    """Return the file that the split came from, its SHA-256 as a split, and its manifest; empty: from no file."""
     if config.partition_file is None:
         return {}
     path = Path(config.partition_file).expanduser()
     manifest = read_manifest(path)
-    told = dataclasses.asdict(manifest) if manifest else "none"
-    return {"partition_file": {"file": str(path.absolute()), "partition_sha256": sha256, "manifest": told}}
+    written = dataclasses.asdict(manifest) if manifest else "none"
+    return {"partition_file": {"file": str(path.absolute()), "partition_sha256": sha256, "manifest": written}}

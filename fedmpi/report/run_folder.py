@@ -25,8 +25,8 @@ from fedmpi.core.record import RoundRecord
 from fedmpi.core.server_loop import ServerHalf
 from fedmpi.core.vector import model_state
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, FilesystemError, shown
-from fedmpi.lifecycle.checkpoint import Checkpoints
-from fedmpi.lifecycle.files import atomic_write, free_path, refuse_odd, remove_temps
+from fedmpi.lifecycle.checkpoints import Checkpoints
+from fedmpi.lifecycle.files import atomic_write, free_path, os_errors, refuse_odd, remove_temps
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.options import to_yaml
 from fedmpi.report.history import History, check_history
@@ -46,6 +46,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
+        checkpoints: those in it.
         stored: what the newest checkpoint holds of this run; None: the run starts at round 0.
     """
 
@@ -69,10 +70,10 @@ class RunFolder:
             ConfigError: it holds a run with other settings or data, or `--resume must` finds nothing to go on from.
             CheckpointError: its checkpoints are damaged.
         """
-        self.path = _fresh(config) if config.run_dir is None else _make(Path(config.run_dir))
+        self.path = _new_folder(config) if config.run_dir is None else _named_folder(Path(config.run_dir))
         self._lock = FileLock(self.path / LOCK, timeout_s=0, what=f"--run-dir {self.path}")
         self._lock.__enter__()
-        self._checkpoints = Checkpoints(self.path / CHECKPOINTS, self._lock.require)
+        self.checkpoints = Checkpoints(self.path / CHECKPOINTS, self._lock.require)
         self._what: dict[str, Any] = description(config, data, identity or {})
         self._version = version
         try:
@@ -87,7 +88,7 @@ class RunFolder:
     def _find(self, config: RunConfig) -> dict[str, Any] | None:
         if config.resume == "never":
             return None
-        stored = self._checkpoints.load()
+        stored = self.checkpoints.load()
         if stored is None and config.resume == "must":
             raise ConfigError(f"--resume must: {self.path} holds no checkpoint to go on from")
         if stored is None and self.finished:
@@ -99,14 +100,14 @@ class RunFolder:
             with self.fits():
                 same_version = not self._version or stored["made_with"].get("fedmpi") == self._version
                 refuse_other_run(self.path, stored["run"], self._what, same_version)
-                check_numbers(stored, self._checkpoints.loaded_round)
-                done, num_bytes = stored["server"]["handler"]["round_idx"], stored["history_bytes"]
+                check_numbers(stored, self.checkpoints.loaded_round)
+                done, num_bytes = stored["server"]["half"]["round_idx"], stored["history_bytes"]
                 check_history(self.path / HISTORY, num_bytes, done, stored.get("history_sha256"))
         return stored
 
     @contextlib.contextmanager
     def fits(self) -> Iterator[None]:
-        """Around what takes the checkpoint apart: it is whole, but may be of another algorithm or another's making.
+        """Refuse a checkpoint that does not hold what the code inside takes from it.
 
         Raises:
             CheckpointError: a part is missing, or of another kind.
@@ -126,7 +127,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run came to its end."""
         return (self.path / MODEL).exists()
 
     def begin(self, config: RunConfig, provenance: Mapping[str, object]) -> None:
@@ -142,7 +143,7 @@ class RunFolder:
         if self.stored is None:
             self._put_aside()
         else:
-            num_bytes, done = self.stored["history_bytes"], self.stored["server"]["handler"]["round_idx"]
+            num_bytes, done = self.stored["history_bytes"], self.stored["server"]["half"]["round_idx"]
             with self.fits():
                 self._changes = [shown(text, 500) for text in list(self.stored.get("changes", []))[-100:]]
                 self._warn(done, self.stored["made_with"], provenance)
@@ -154,7 +155,7 @@ class RunFolder:
         unused = SPLIT_OPTIONS if config.partition_file else ()
         self._write(CONFIG, to_yaml(dataclasses.replace(config, run_dir=None), record, unused).encode())
         self._history = History(self.path / HISTORY, num_bytes, self._lock.require)
-        self._checkpoints.begin()
+        self.checkpoints.begin()
         with contextlib.suppress(FileNotFoundError):
             (self.path / STOPPED).unlink()
 
@@ -170,10 +171,10 @@ class RunFolder:
     def _put_aside(self) -> None:
         """Into a folder of this second, of its own; a run that had kept nothing yet is no loss."""
         history = self.path / HISTORY
-        kept = self.finished or self._checkpoints.names() or (history.exists() and history.stat().st_size)
+        kept = self.finished or self.checkpoints.names() or (history.exists() and history.stat().st_size)
         if not kept:
             return
-        remove_temps(self._checkpoints.folder)
+        remove_temps(self.checkpoints.folder)
         aside = free_path(self.path / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}")
         models = sorted(path.name for path in self.path.glob("model-round-*.pt"))
         for name in (HISTORY, CHECKPOINTS, MODEL, TIMELINE, CONFIG, *models):
@@ -184,32 +185,20 @@ class RunFolder:
     def _move(self, path: Path, new: Path) -> None:
         """Rename, to a name that nothing has."""
         self._lock.require()
-        try:
+        with os_errors(FilesystemError, f"{path}: cannot be renamed", "{} ({})"):
             new.parent.mkdir(exist_ok=True)
             path.rename(free_path(new))
-        except OSError as error:
-            raise FilesystemError(f"{path}: cannot be renamed ({error.strerror})") from error
 
     def _write(self, name: str, content: bytes) -> None:
         atomic_write(self.path / name, content, self._lock.require)
 
     def on_round(self, record: RoundRecord) -> None:
-        """One line in history.jsonl."""
+        """Append a line to history.jsonl."""
         self._history.on_round(record)
 
     @property
-    def writes_for_s(self) -> float:
-        """Seconds for which a checkpoint has been under way to the disk; 0: none is."""
-        return self._checkpoints.writes_for_s
-
-    @property
-    def longest_s(self) -> float:
-        """The longest that writing a checkpoint has taken."""
-        return self._checkpoints.longest_s
-
-    @property
     def how_to_go_on(self) -> str:
-        """What to type."""
+        """The advice for a job that goes on from here."""
         return f"to go on, run the same command with --run-dir {self.path}"
 
     def write(self, round_idx: int, state: Mapping[str, Any]) -> None:
@@ -222,14 +211,10 @@ class RunFolder:
             "history_sha256": self._history.sha256,
             "server": state,
         }
-        self._checkpoints.write(round_idx, whole, self._history.sync)
-
-    def finish(self) -> None:
-        """Return once the checkpoint is on disk."""
-        self._checkpoints.finish()
+        self.checkpoints.write(round_idx, whole, self._history.sync)
 
     def note_stop(self, reason: str) -> None:
-        """In a file that slurm/fedavg.sbatch looks for."""
+        """Write the file that slurm/fedavg.sbatch looks for."""
         with contextlib.suppress(FilesystemError):  # the job ends in any case
             self._write(STOPPED, f"{reason}\n".encode())
 
@@ -254,25 +239,22 @@ class RunFolder:
         self._lock.__exit__(None, None, None)
 
 
-def _fresh(config: RunConfig) -> Path:
-    """A new folder under runs/, also when other jobs start in the same second."""
+def _new_folder(config: RunConfig) -> Path:
+    """Make a new folder under runs/, also when other jobs start in the same second."""
     model = re.sub(r"[^\w.-]+", "_", config.model)
     name = f"{config.dataset}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 10_000):
         path = Path("runs") / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise FilesystemError(f"{path}: cannot be made ({error.strerror}); --run-dir names another") from error
+        with os_errors(FilesystemError, f"{path}: cannot be made", "{} ({}); --run-dir names another"):
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
         return path
     raise FilesystemError(f"runs/{name}: ten thousand folders of this second exist; --run-dir names another")
 
 
-def _make(path: Path) -> Path:
-    try:
+def _named_folder(path: Path) -> Path:
+    with os_errors(FilesystemError, f"--run-dir {path}: cannot be made", "{} ({})"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FilesystemError(f"--run-dir {path}: cannot be made ({error.strerror})") from error
     return path

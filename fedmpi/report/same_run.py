@@ -1,4 +1,4 @@
-"""Whether a job may go on with a run: what must be as it was, and what may differ at a price."""
+"""The check that a job may go on with a run: some facts must be as they were, others may differ at a price."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedmpi.config import RunConfig
 from fedmpi.errors import ConfigError, shown
@@ -25,7 +26,7 @@ _MISSING = "nothing of that name"
 def description(
     config: RunConfig, data: Mapping[str, object], identity: Mapping[str, Mapping[str, object]]
 ) -> dict[str, dict[str, Any]]:
-    """What makes a run this one.
+    """Return the facts that make a run this one.
 
     Args:
         config: the options; rounds may be added to a run, so their number is not part of it.
@@ -75,7 +76,7 @@ def refuse_other_run(
 
 
 def _differing(part: str, other: str) -> str:
-    """What of a part's description the other one lacks; empty: nothing."""
+    """Return the words of a part's description that the other one lacks."""
     known = other.split("; ")
     return "; ".join(text for text in part.split("; ") if text not in known) or "no more than that"
 
@@ -85,24 +86,26 @@ def _is_default(name: str, value: object) -> bool:
 
 
 def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
-    """See that what is used without another look is what it must be.
+    """See that numbers which nothing else checks are in range.
 
     Raises:
         ValueError: it is not; names it.
     """
     server = stored["server"]
-    done, num_bytes = server["handler"]["round_idx"], stored["history_bytes"]
+    done, num_bytes = server["half"]["round_idx"], stored["history_bytes"]
     if type(done) is not int or done != round_of_name:
         raise ValueError(f"it holds round {shown(done)}, its name says {round_of_name}")
     if type(num_bytes) is not int or num_bytes < 0:
         raise ValueError(f"history_bytes {shown(num_bytes)}")
-    for name, (array, dtype, shape) in {
-        "vector": (server["handler"]["vector"], np.float32, None),
-        "integers": (server["handler"]["integers"], np.int64, None),
-        "costs": (server.get("costs", np.zeros(5)), np.float64, (5,)),
-    }.items():
-        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (shape or (array.size,)):
-            raise ValueError(f"{name} {shown(array)}")
+    for name, value, kind, dtype in (
+        ("vector", server["half"]["vector"], torch.Tensor, torch.float32),
+        ("integers", server["half"]["integers"], np.ndarray, np.int64),
+        ("costs", server.get("costs", np.zeros(5)), np.ndarray, np.float64),
+    ):
+        if not isinstance(value, kind) or value.dtype != dtype or value.ndim != 1:
+            raise ValueError(f"{name} {shown(value)}")
+    if len(server.get("costs", range(5))) != 5:
+        raise ValueError("costs of another length")
     seconds = {"elapsed_s": server.get("elapsed_s", 0.0), **server.get("pace", {})}
     for name, value in seconds.items():
         if not isinstance(value, int | float) or not 0 <= value < _CENTURIES_S:
@@ -110,7 +113,7 @@ def check_numbers(stored: Mapping[str, Any], round_of_name: int) -> None:
 
 
 def changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """By what other means the rest of a run is computed than its beginning, for one line; empty: by the same."""
+    """Return the means by which the rest of a run is computed otherwise than its beginning, as text; empty: none."""
     differing = [
         f"{name} {_said(stored.get(name))}, now {_said(given.get(name))}"
         for name in _DECIDES_BITS
@@ -120,7 +123,7 @@ def changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def changed_sources(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Which source files of the user's own functions are not what they were, for one line; empty: none."""
+    """Return the source files of the user's own functions that have changed, as text; empty: none."""
     before, now = stored.get("sources") or {}, given.get("sources") or {}
     differing = [
         f"{shown(role)} in {shown(where['file'], 300)} ({_digest(before.get(role))}, now {_digest(where)})"

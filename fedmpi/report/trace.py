@@ -13,7 +13,7 @@ _MOST_US = 1e16
 
 
 def join_traces(path: Path, trace: str, begun_s: float) -> str:
-    """The trace in a file and, `begun_s` seconds after its beginning, another one; a host keeps its place.
+    """Return the trace in a file and, `begun_s` seconds after its beginning, another one; a host keeps its place.
 
     Args:
         path: the file; if there is none, only the other one.

@@ -40,7 +40,7 @@ def pressed(folder: Path, module: str, *program: str, num_ranks: int = 0) -> sub
     ("module", "program", "said"),
     [
         ("fedmpi.launch", FEDAVG, LINE),
-        ("jsonargparse", FEDAVG, LINE),
+        ("fedmpi.options", FEDAVG, LINE),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in [
@@ -52,7 +52,7 @@ def pressed(folder: Path, module: str, *program: str, num_ranks: int = 0) -> sub
                 ("argparse", ("fedmpi", "fedavg", *SMALL), LINE),
                 ("numpy", ("fedmpi.data.prepare", "--dataset", "synthetic"), LINE),
                 ("fedmpi.launch", ("fedmpi.bench",), LINE),
-                ("jsonargparse", ("fedmpi.data.prepare",), "interrupted: what was complete is kept, run it again"),
+                ("fedmpi.options", ("fedmpi.data.prepare",), "interrupted: what was complete is kept, run it again"),
                 ("torch", FEDAVG, "interrupted (Ctrl-C) before the first round\n"),
                 ("torch._C", FEDAVG, "interrupted (Ctrl-C) before the first round\n"),
                 ("fedmpi.models.mlp", FEDAVG, "interrupted (Ctrl-C) before the first round\n"),

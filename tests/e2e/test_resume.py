@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from fedmpi.lifecycle.checkpoint import Checkpoints
+from fedmpi.lifecycle.checkpoints import Checkpoints
 from tests.e2e.conftest import SMALL
 
 LONGER = [*SMALL, "--rounds", "6", "--checkpoint-every", "2"]
@@ -41,15 +41,15 @@ POINTS = [
     (TRAINER, ">fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (SERVER, "<fedmpi.report.history:History.on_round", 4),
     (SERVER, "/pathlib:Path.open", 12),
-    (SERVER, "<fedmpi.lifecycle.checkpoint:Checkpoints.write", 3),
+    (SERVER, "<fedmpi.lifecycle.checkpoints:Checkpoints.write", 3),
     (SERVER, "<os:fsync", 4),
     (SERVER, ">os:fsync", 5),
     (SERVER, "<pathlib:Path.replace", 3),
     (SERVER, ">pathlib:Path.replace", 3),
     (SERVER, ">pathlib:Path.replace", 1),
     (SERVER, "<pathlib:Path.unlink", 6),
-    (SERVER, ">fedmpi.lifecycle.checkpoint:sync_folder", 2),
-    (SERVER, ">fedmpi.lifecycle.checkpoint:Checkpoints._write", 3),
+    (SERVER, ">fedmpi.lifecycle.checkpoints:sync_folder", 2),
+    (SERVER, ">fedmpi.lifecycle.checkpoints:Checkpoints._write", 3),
     (SERVER, ">fedmpi.report.run_folder:RunFolder.begin", 1),
     (SERVER, "/fedmpi.lifecycle.checkpoint:write_state", 1),
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_end", 1),
@@ -127,7 +127,7 @@ def test_a_signal_stops_between_rounds_with_75_and_loses_nothing(start, job, who
     assert len(told) == 1, stopped.text
     how = f"to go on, run the same command with --run-dir {stopped.run_dir}"
     assert told[0].endswith(f"stopping after round {done}; {how}")
-    assert Checkpoints(stopped.run_dir / "checkpoint").load()["server"]["handler"]["round_idx"] == done
+    assert Checkpoints(stopped.run_dir / "checkpoint").load()["server"]["half"]["round_idx"] == done
     assert not running.ranks()
     options = [*SMALL, "--rounds", str(done + 1)]
     again = job(2, *options)
@@ -219,7 +219,7 @@ class Momentum(SyncParameterServerHandler):
         return super().state_dict() | {"velocity": self.velocity}
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.velocity = None if state["velocity"] is None else torch.from_numpy(state["velocity"])
+        self.velocity = state["velocity"]
 
 def handler(model, config):
     plain = FEDAVG.handler(model, config)
@@ -311,5 +311,5 @@ def test_model_and_checkpoints_hold_no_code(job):
     stopped = job(1, *SMALL)
     (newest,) = [path for path in (stopped.run_dir / "checkpoint").iterdir() if "000003" in path.name]
     header = json.loads(newest.read_bytes().split(b"\n")[1])
-    assert header["state"]["server"]["handler"]["round_idx"] == 3
+    assert header["state"]["server"]["half"]["round_idx"] == 3
     assert header["arrays"][0] == ["<f4", [199_210]]

@@ -7,8 +7,12 @@ import json
 import logging
 import os
 import random
+import re
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save
 
 from fedmpi.errors import CheckpointError, FilesystemError
-from fedmpi.lifecycle import checkpoint
-from fedmpi.lifecycle.checkpoint import Checkpoints, read_state, snapshot, write_state
+from fedmpi.lifecycle import checkpoints
+from fedmpi.lifecycle.checkpoint import read_state, snapshot, write_state
+from fedmpi.lifecycle.checkpoints import Checkpoints
+
+ROOT = Path(__file__).parents[2]
 
 STATE = {
     "round_idx": 12,
@@ -39,8 +47,9 @@ def saved(path: Path, state: Any) -> Path:
 
 
 def same(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor | np.ndarray):
-        left = np.asarray(left)
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, np.ndarray):
         alike = isinstance(right, np.ndarray) and (left.dtype, left.shape) == (right.dtype, right.shape)
         return alike and left.tobytes() == right.tobytes()
     if isinstance(left, dict):
@@ -64,10 +73,15 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 )
 def test_any_state_comes_back_as_it_was(tmp_path_factory: Any, value: Any, dtype: str, shape: list[int]) -> None:
     array = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
-    state = {"value": value, "arrays": [array, array[..., ::-1] if shape else array]}
+    tensor = torch.from_numpy(array)
+    state = {
+        "value": value,
+        "arrays": [array, array[..., ::-1] if shape else array],
+        "tensors": [tensor, tensor.transpose(0, -1) if shape else tensor],
+    }
     path = tmp_path_factory.mktemp("any") / "a"
-    if isinstance(value, dict) and set(value) == {"array"}:
-        return  # the one name that is taken
+    if isinstance(value, dict) and set(value) in ({"array"}, {"tensor"}):
+        return  # the names that are taken
     assert same(state, read_state(saved(path, state)))
 
 
@@ -80,12 +94,39 @@ def test_any_state_comes_back_as_it_was(tmp_path_factory: Any, value: Any, dtype
         (np.array([object()]), r"state\['x'\] is an array of object"),
         (torch.zeros(2, dtype=torch.complex64), r"state\['x'\] is an array of complex64"),
         ({"array": 3}, r"state\['x'\] is a dict"),
+        ({"tensor": 3}, r"state\['x'\] is a dict"),
         (b"bytes", r"state\['x'\] is a bytes"),
     ],
 )
 def test_what_cannot_be_kept_is_named_before_it_is_needed(value: Any, said: str) -> None:
     with pytest.raises(TypeError, match=said):
         snapshot({"x": value})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, 3, dtype=torch.bfloat16),
+        torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
+        torch.nn.Parameter(torch.ones(2)),
+        torch.arange(6).reshape(2, 3)[:, 1],
+    ],
+)
+def test_a_tensor_comes_back_as_a_tensor_that_training_may_write(tmp_path: Path, tensor: torch.Tensor) -> None:
+    back = read_state(saved(tmp_path / "a", {"x": tensor}))["x"]
+    assert same(tensor, back)
+    back += 1
+    assert same(tensor, read_state(tmp_path / "a")["x"])
+
+
+def test_an_array_of_the_other_byte_order_keeps_its_values(tmp_path: Path) -> None:
+    state = read_state(saved(tmp_path / "a", {"x": np.arange(3, dtype=">f8")}))
+    assert same(np.arange(3.0), state["x"])
+
+
+def test_any_reader_of_safetensors_reads_a_checkpoint(tmp_path: Path) -> None:
+    tensors = load_file(saved(tmp_path / "a", STATE))
+    assert torch.equal(tensors["state['vector']"], STATE["vector"])  # type: ignore[arg-type]  # a tensor
 
 
 def test_a_snapshot_does_not_follow_what_training_does(tmp_path: Path) -> None:
@@ -110,7 +151,10 @@ def test_a_snapshot_does_not_follow_what_training_does(tmp_path: Path) -> None:
         (lambda content: content[:40], "does not match its checksum"),
         (lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:], "does not match its checksum"),
         (lambda content: b"PK\3\4" + content, "is no checkpoint of this version"),
-        (lambda content: content.replace(b"checkpoint 1", b"checkpoint 2"), "is no checkpoint of this version"),
+        (lambda content: content.replace(b"checkpoint 2", b"checkpoint 3"), "is no checkpoint of this version"),
+        (lambda content: content.replace(b"checkpoint 2", b"checkpoint x"), "is no checkpoint of this version"),
+        (lambda content: b"fedmpi checkpoint 1 " + content, "is no checkpoint of this version"),
+        (lambda content: save({"a": torch.ones(3)}), "is no checkpoint of this version"),
     ],
 )
 def test_damage_is_noticed(tmp_path: Path, damage: Any, said: str) -> None:
@@ -120,53 +164,126 @@ def test_damage_is_noticed(tmp_path: Path, damage: Any, said: str) -> None:
         read_state(path)
 
 
-def signed(body: bytes) -> bytes:
-    return b"fedmpi checkpoint 1 " + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+def signed(content: bytes) -> bytes:
+    """`content` with its checksum, if it has a place for one."""
+    summed = re.sub(b'"sha256":"[^"]*"', b'"sha256":"' + b"0" * 64 + b'"', content, count=1)
+    digest = hashlib.sha256(summed).hexdigest().encode()
+    return summed.replace(b'"sha256":"' + b"0" * 64, b'"sha256":"' + digest, 1)
+
+
+def crafted(entries: str, state: str = "{}", body: bytes = b"") -> bytes:
+    """A file whose checksum and length are right."""
+    metadata = json.dumps({"format": "fedmpi checkpoint 2", "sha256": "", "state": state}, separators=(",", ":"))
+    header = f'{{"__metadata__":{metadata}{entries}}}'.encode()
+    header = header.replace(b'"sha256":""', b'"sha256":"' + b"0" * 64 + b'"')
+    return signed(len(header).to_bytes(8, "little") + header + body)
+
+
+def entry(dtype: str, shape: object, end: int, name: str = "a") -> str:
+    return f',"{name}":{{"dtype":"{dtype}","shape":{json.dumps(shape)},"data_offsets":[0,{end}]}}'
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("entries", "state", "body"),
     [
-        b"",
-        b"\n",
-        b"{}\n",
-        b"[]\n",
-        b'{"state": [], "arrays": []}\n',
-        b'{"state": {}, "arrays": []}\nmore',
-        b'{"state": {"a": {"array": 0}}, "arrays": []}\n',
-        b'{"state": {"a": {"array": "0"}}, "arrays": []}\n',
-        b'{"state": {}, "arrays": [["<f4", [1000000000, 1000000000]]]}\n',
-        b'{"state": {}, "arrays": [["<f4", [-1]]]}\n0000',
-        b'{"state": {}, "arrays": [["<f4", [1.0]]]}\n0000',
-        b'{"state": {}, "arrays": [["|O", [1]]]}\n00000000',
-        b'{"state": {}, "arrays": [["<f4", ' + b"[" * 100000 + b"]" * 100000 + b"]]}\n",
-        b'{"state": ' + b'{"a":' * 100000 + b"1" + b"}" * 100000 + b', "arrays": []}\n',
-        b'{"state": {}, "arrays": [["<f4", ' + json.dumps([0] * 1000).encode() + b"]]}\n",
-        b"cos\nsystem\n(S'touch /tmp/x'\ntR.",
+        ("", "", b""),
+        ("", "[]", b""),
+        ("", "3", b""),
+        ("", '{"a": {"tensor": 0}}', b""),
+        ("", '{"a": {"tensor": "a"}}', b""),
+        ("", '{"a": {"array": ["a"]}}', b""),
+        (entry("F32", [10**9, 10**9], 0), "{}", b""),
+        (entry("F32", [-1], 4), "{}", b"0000"),
+        (entry("F32", [1.0], 4), "{}", b"0000"),
+        (entry("F32", [2], 4), "{}", b"0000"),
+        (entry("O", [1], 8), "{}", b"00000000"),
+        (entry("BF16", [1], 2), '{"a": {"array": "a"}}', b"00"),
+        ("", '{"a":' * 100000 + "1" + "}" * 100000, b""),
+        ("", "[" * 100000 + "]" * 100000, b""),
+        ("", "9" * 5000, b""),
+        ("", "cos\nsystem\n(S'touch /tmp/x'\ntR.", b""),
     ],
 )
-def test_a_hostile_file_with_a_right_checksum_is_refused(tmp_path: Path, body: bytes) -> None:
-    (tmp_path / "a").write_bytes(signed(body))
-    with pytest.raises(CheckpointError, match=r"^does not hold what its first line promises"):
+def test_a_hostile_file_with_a_right_checksum_is_refused(tmp_path: Path, entries: str, state: str, body: bytes) -> None:
+    (tmp_path / "a").write_bytes(crafted(entries, state, body))
+    with pytest.raises(CheckpointError, match=r"^(does not hold what its header promises|has a header of more than)"):
         read_state(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (entry("F32", [3], 12), "does not match its checksum"),
+        (entry("F32", [3], -1), "does not match its checksum"),
+        (',"a":3', "does not match its checksum"),
+        (',"a":', "does not match its checksum"),
+        (',"a":' + "[" * 100000 + "]" * 100000, "does not match its checksum"),
+        (',"a":{"data_offsets":[0,1e999]}', "does not match its checksum"),
+    ],
+)
+def test_a_header_that_does_not_go_with_the_file_is_damage(tmp_path: Path, entries: str, said: str) -> None:
+    (tmp_path / "a").write_bytes(crafted(entries))
+    with pytest.raises(CheckpointError, match=f"^{said}"):
+        read_state(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: crafted("".join(entry("U8", [0], 0, f"{i}") for i in range(340_000))),
+        lambda: crafted("".join(entry("U8", [0], 0, f"{i}") for i in range(70_000))),
+        lambda: crafted("", "[" + "[]," * 340_000 + "0]"),
+        lambda: crafted("", "[" + "{}," * 1_000_000 + "0]"),
+        lambda: crafted("", "[" + "0," * 2_000_000 + "0]"),
+        lambda: crafted("", '{"a": {"array": 0}}' + " " * 2**22),
+        lambda: b"fedmpi checkpoint 1 " + b"0" * 64 + b'\n{"state": {}, "arrays": [' + b'["|u1", [0]],' * 340_000,
+        lambda: (2**63).to_bytes(8, "little") + b'{"__metadata__":{"format":"fedmpi checkpoint 2"' + b" " * 10**7,
+    ],
+    ids=["arrays", "fewer", "lists", "dicts", "numbers", "white", "format 1", "endless"],
+)
+def test_a_bomb_takes_neither_time_nor_memory(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "a").write_bytes(content())
+    del content
+    tracemalloc.start()
+    started = time.monotonic()
+    with pytest.raises(CheckpointError):
+        read_state(tmp_path / "a")
+    took_s, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took_s < 1
+    assert peak < 50 * 10**6
+
+
+def test_as_many_tensors_as_a_header_may_name_fit_into_the_bound(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(crafted("".join(entry("U8", [0], 0, f"{i}") for i in range(18_000))))
+    code = (
+        "import resource, sys, pathlib; from fedmpi.lifecycle.checkpoint import read_state\n"
+        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = most(); read_state(pathlib.Path(sys.argv[1])); print(most() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert int(done.stdout) < 100_000, "kilobytes"
 
 
 def test_thousands_of_mutations_are_refused_or_harmless(tmp_path: Path) -> None:
     """With the checksum of the mutated content, so that it is the parser that is tried."""
-    content = saved(tmp_path / "a", STATE).read_bytes()
-    body, rng = content[content.index(b"\n") + 1 :], random.Random(0)
+    content, rng = saved(tmp_path / "a", STATE).read_bytes(), random.Random(0)
     refused = 0
     for _ in range(3000):
-        mutated = bytearray(body)
+        mutated = bytearray(content)
         for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(min(len(mutated), 700))
+            at = rng.randrange(min(len(mutated), 900))
             kind = rng.randrange(3)
             if kind == 0:
                 mutated[at] = rng.randrange(256)
             elif kind == 1:
-                del mutated[at : at + rng.randint(1, 20)]
+                size = rng.randint(1, 20)
+                mutated[at : at + size] = rng.randbytes(size) if rng.random() < 0.3 else b" " * size
             else:
-                mutated[at:at] = rng.choice([b"[", b"}", b'"', b"9" * 30, b"\n", b"-", b"null", b"1e999", b"\xff"])
+                part = rng.choice([b"[", b"}", b'"', b"9" * 30, b"\n", b"-", b"null", b"1e999", b"\xff"])
+                mutated[at : at + len(part)] = part
         (tmp_path / "a").write_bytes(signed(bytes(mutated)))
         try:
             assert isinstance(read_state(tmp_path / "a"), dict)
@@ -187,19 +304,13 @@ def test_a_sparse_file_of_200_gigabytes_is_not_read(tmp_path: Path, start: int |
 
 
 def test_a_sparse_file_that_keeps_its_promise_is_not_read_either(tmp_path: Path) -> None:
-    header = b'{"state": {}, "arrays": [["|u1", [200000000000]]]}\n'
-    (tmp_path / "a").write_bytes(b"fedmpi checkpoint 1 " + b"0" * 64 + b"\n" + header)
-    os.truncate(tmp_path / "a", 85 + len(header) + 200 * 10**9)
+    content = crafted(entry("U8", [200 * 10**9], 200 * 10**9))
+    (tmp_path / "a").write_bytes(content)
+    os.truncate(tmp_path / "a", len(content) + 200 * 10**9)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=r"nearly all of them holes|more than this machine has memory"):
         read_state(tmp_path / "a")
     assert time.monotonic() - started < 1
-
-
-def test_a_header_without_end_is_refused_at_once(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"fedmpi checkpoint 1 " + b"0" * 64 + b"\n" + b'{"state": "' + b"x" * 10**7)
-    with pytest.raises(CheckpointError, match="does not match its checksum"):
-        read_state(tmp_path / "a")
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
@@ -224,13 +335,23 @@ def test_a_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path) -> N
     store.begin()
     keep(store, 5, 10)
     newest = tmp_path / "round-000010.ckpt"
-    newest.write_bytes(newest.read_bytes().replace(b"checkpoint 1", b"checkpoint 2"))
+    newest.write_bytes(newest.read_bytes().replace(b"checkpoint 2", b"checkpoint 3"))
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(tmp_path).load()
     assert str(caught.value) == (
-        f"{newest} is no checkpoint of this version of fedmpi but of another (format 2, not 1): go on with that one,"
+        f"{newest} is no checkpoint of this version of fedmpi but of another (format 3, not 2): go on with that one,"
         " or --resume never to start over"
     )
+
+
+def test_a_checkpoint_of_format_1_is_another_versions(tmp_path: Path) -> None:
+    """Not a damaged one: it is whole, and the version that wrote it goes on from it."""
+    header = b'{"state": {}, "arrays": []}\n'
+    (tmp_path / "round-000001.ckpt").write_bytes(
+        b"fedmpi checkpoint 1 " + hashlib.sha256(header).hexdigest().encode() + b"\n" + header
+    )
+    with pytest.raises(CheckpointError, match=r"of fedmpi but of another \(format 1, not 2\): go on with that one"):
+        Checkpoints(tmp_path).load()
 
 
 # the folder
@@ -307,7 +428,7 @@ def test_what_cannot_be_written_is_raised_and_the_older_stays(tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_state", full)
+        patched.setattr(checkpoints, "write_state", full)
         store.write(2, {"a": 1}, lambda: None)
         with pytest.raises(FilesystemError, match=r"round-000002\.ckpt cannot be written: No space left on device"):
             store.finish()

@@ -180,7 +180,7 @@ def test_other_machines_are_judged_by_age(tmp_path: Path) -> None:
 
 
 def test_this_machine_is_judged_by_its_processes(tmp_path: Path) -> None:
-    path, here = tmp_path / "lock", lock_module._machine()
+    path, here = tmp_path / "lock", lock_module.machine_id()
     claim(path, machine=here, pid=dead_pid())
     with FileLock(path, timeout_s=0):
         pass
@@ -200,10 +200,9 @@ def test_the_clock_is_that_of_the_file_system(tmp_path: Path, monkeypatch: pytes
         FileLock(path, timeout_s=0).__enter__()
 
 
-def test_the_heart_beats_and_leaves_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.02)
+def test_the_heart_beats_and_leaves_others_alone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with FileLock(path):
+    with FileLock(path, heartbeat_s=0.02):
         os.utime(path, (0, 0))
         give_up = time.monotonic() + 10
         while path.stat().st_mtime == 0 and time.monotonic() < give_up:

@@ -157,7 +157,7 @@ def test_what_comes_before_training_loads_no_torch_and_no_mpi(module: str) -> No
 
 
 def test_heavy_libraries_are_loaded_late() -> None:
-    for name in ("/torchvision", "/sklearn", "/jsonargparse", "/matplotlib"):
+    for name in ("/torchvision", "/sklearn", "/matplotlib"):
         assert importers(name, "top") == set(), name
 
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from fedmpi.config import RunConfig
 from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
-from fedmpi.fedlab.handler import SyncParameterServerHandler
-from fedmpi.lifecycle import lock as lock_module
+from fedmpi.fedavg import FedAvg
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.report import run_folder
 from fedmpi.report.history import History, read_history
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.server import AlgorithmServer
 from tests.unit.test_files import claim
 from tests.unit.test_report import DATA, MADE_WITH, RECORD
 
@@ -36,19 +36,19 @@ class Run:
     def __init__(self, path: Path, **options: Any) -> None:
         self.config = RunConfig(run_dir=str(path), **options)
         self.folder = RunFolder(self.config, DATA)
-        self.server = SyncParameterServerHandler(nn.Linear(2, 2), 3)
+        self.server = AlgorithmServer(FedAvg(self.config), nn.Linear(2, 2), self.config)
 
     def begin(self) -> Run:
         self.folder.begin(self.config, MADE_WITH)
         if self.folder.stored:
-            self.server.load_state_dict(self.folder.stored["server"]["handler"])
+            self.server.load_state_dict(self.folder.stored["server"]["half"])
         else:
             self.keep()
         return self
 
     def keep(self) -> None:
-        self.folder.write(self.server.round_idx, {"handler": self.server.state_dict()})
-        self.folder.finish()
+        self.folder.write(self.server.round_idx, {"half": self.server.state_dict()})
+        self.folder.checkpoints.finish()
 
     def round(self) -> None:
         self.folder.on_round(RECORD.__class__(**{**vars(RECORD), "round_idx": self.server.round_idx}))
@@ -126,18 +126,16 @@ def test_what_a_loser_still_writes_reaches_no_file_of_the_winner(tmp_path: Path)
 
 
 def test_a_lock_dated_in_the_future_is_watched_and_taken_over_when_it_stands_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
     claim(tmp_path / "lock", age_s=-7200)
-    with caplog.at_level(logging.INFO, logger="fedmpi"), FileLock(tmp_path / "lock", timeout_s=0):
+    with caplog.at_level(logging.INFO, logger="fedmpi"), FileLock(tmp_path / "lock", timeout_s=0, heartbeat_s=0.1):
         pass
     assert "which is dated in the future" in caplog.text
 
 
 def test_a_lock_dated_in_the_future_that_is_touched_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder's file system is hours ahead; it lives."""
-    monkeypatch.setattr(lock_module, "HEARTBEAT_S", 0.1)
     ahead_s = [7200.0]
     real_sleep = time.sleep
 
@@ -149,7 +147,7 @@ def test_a_lock_dated_in_the_future_that_is_touched_is_in_use(tmp_path: Path, mo
     claim(tmp_path / "lock", age_s=-7200)
     monkeypatch.setattr(time, "sleep", touching)
     with pytest.raises(FilesystemError, match="is in use by elsewhere pid 4242"):
-        FileLock(tmp_path / "lock", timeout_s=0).__enter__()
+        FileLock(tmp_path / "lock", timeout_s=0, heartbeat_s=0.1).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -378,10 +376,10 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("history_bytes",),
         ("history_sha256",),
         ("server",),
-        ("server", "handler"),
-        ("server", "handler", "round_idx"),
-        ("server", "handler", "vector"),
-        ("server", "handler", "integers"),
+        ("server", "half"),
+        ("server", "half", "round_idx"),
+        ("server", "half", "vector"),
+        ("server", "half", "integers"),
         ("server", "costs"),
         ("server", "elapsed_s"),
         ("server", "pace"),

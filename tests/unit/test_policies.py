@@ -1,4 +1,4 @@
-"""Signals set a flag; deadlines come from an option or from Slurm; the boundary keeps and stops."""
+"""Signals set a flag; deadlines come from an option or from Slurm; policies write checkpoints and stop the job."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from fedmpi.lifecycle import policies
 from fedmpi.lifecycle import signals as signals_module
-from fedmpi.lifecycle.policies import Boundary
+from fedmpi.lifecycle.policies import CheckpointPolicy, StopPolicy
 from fedmpi.lifecycle.signals import (
     Deadline,
     StopSignals,
-    earlier,
+    job_deadline,
     parse_slurm_time,
     slurm_deadline,
     slurm_seconds_left,
@@ -131,10 +130,13 @@ def test_a_task_of_an_array_asks_for_itself(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_earlier_of_two_deadlines_counts() -> None:
-    one, two = Deadline(100, "one"), Deadline(200, "two")
-    assert earlier(two, one) == one
-    assert earlier(None, two) == two
-    assert earlier(None, None) is None
+    slurm = Deadline(200, "the time limit of Slurm job 5")
+    own = job_deadline(50, 100, slurm)
+    assert own == Deadline(150, "--max-seconds 100", "raise --max-seconds")
+    assert job_deadline(50, 100, None) == own
+    assert job_deadline(150, 100, slurm) == slurm
+    assert job_deadline(50, None, slurm) == slurm
+    assert job_deadline(50, None, None) is None
 
 
 def test_a_job_that_is_over_left_its_number_in_this_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +152,13 @@ def test_where_slurm_does_not_answer_the_environment_does(
     environ = squeue(tmp_path, body) if body else {"SLURM_JOB_ID": "17"}
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if body and "sleep" in body else str(tmp_path))
     environ["PATH"] = os.environ["PATH"]
-    monkeypatch.setattr(signals_module, "_SLURM_ANSWERS_S", 0.5)
-    assert slurm_deadline(environ, in_job(tmp_path)) is None
-    left = slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)})
+    assert slurm_deadline(environ, in_job(tmp_path), 0.5) is None
+    left = slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(time.time() + 100)}, 0.5)
     assert left is not None
     assert 95 < left <= 100
-    assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": "tomorrow"}) is None
+    assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": "tomorrow"}, 0.5) is None
     for end in (time.time() - 100, "nan", "inf", "-inf"):
-        assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(end)}) is None
+        assert slurm_seconds_left("17", {**environ, "SLURM_JOB_END_TIME": str(end)}, 0.5) is None
 
 
 def test_outside_a_task_of_that_job_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +177,7 @@ def test_the_age_of_this_process() -> None:
     assert 0 < before < process_age_s()
 
 
-# the boundary
+# the policies
 
 
 class Disk:
@@ -187,6 +188,7 @@ class Disk:
     how_to_go_on = "run it again"
 
     def __init__(self) -> None:
+        self.checkpoints: Any = self
         self.kept: list[int] = []
         self.finished = 0
 
@@ -204,119 +206,120 @@ class Disk:
 class Clock:
     now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    told = Clock()
-    monkeypatch.setattr(policies, "time", told)
-    monkeypatch.setattr(signals_module, "time", told)
-    return told
+def clock() -> Clock:
+    return Clock()
 
 
-def run(between: Boundary, clock: Clock, rounds: range, seconds: float) -> int:
-    """Rounds of so many seconds until the boundary says stop; how many there were."""
+def stop_policy(clock: Clock, disk: Disk | None = None, every: int | None = None, **options: Any) -> StopPolicy:
+    return StopPolicy(CheckpointPolicy(disk, every, clock), clock=clock, **options)
+
+
+def run(policy: StopPolicy, clock: Clock, rounds: range, seconds: float) -> int:
+    """Rounds of so many seconds until the policy says stop; how many there were."""
     for done in rounds:
-        if between.stop_because() is not None:
+        if policy.begin_round() is not None:
             return done
         clock.now += seconds
-        between.after_round(done + 1, seconds, lambda done=done: {"rounds": done + 1})  # type: ignore[misc]
+        policy.after_round(seconds)
+        policy.checkpoints.after_round(done + 1, lambda done=done: {"rounds": done + 1})  # type: ignore[misc]
     return rounds.stop
 
 
 def test_every_nth_round_and_the_last_is_kept_once(clock: Clock) -> None:
     disk = Disk()
-    between = Boundary(disk, every=3)
-    between.begin(0, lambda: {"rounds": 0}, resumed=False)
-    run(between, clock, range(6), 1.0)
-    between.keep(6, lambda: {"rounds": 6}, wait=True)
+    policy = stop_policy(clock, disk, every=3)
+    policy.checkpoints.begin(0, lambda: {"rounds": 0}, resumed=False)
+    run(policy, clock, range(6), 1.0)
+    policy.checkpoints.write(6, lambda: {"rounds": 6}, wait=True)
     assert disk.kept == [0, 3, 6]
     assert disk.finished == 2, "at the beginning and at the end it waits for the disk"
 
 
 def test_by_time_it_is_once_a_minute_and_not_while_one_is_written(clock: Clock) -> None:
     disk = Disk()
-    between = Boundary(disk)
-    between.begin(7, lambda: {"rounds": 7}, resumed=True)
-    run(between, clock, range(7, 20), 25.0)
+    policy = stop_policy(clock, disk)
+    policy.checkpoints.begin(7, lambda: {"rounds": 7}, resumed=True)
+    run(policy, clock, range(7, 20), 25.0)
     assert disk.kept == [10, 13, 16, 19]
     disk.writes_for_s = 5.0
-    run(between, clock, range(20, 30), 25.0)
+    run(policy, clock, range(20, 30), 25.0)
     assert disk.kept == [10, 13, 16, 19]
 
 
-def test_without_a_keeper_nothing_is_kept_and_nothing_fails(clock: Clock) -> None:
-    between = Boundary()
-    between.begin(0, dict, resumed=False)
-    assert run(between, clock, range(100), 25.0) == 100
-    between.keep(100, dict, wait=True)
+def test_without_a_store_nothing_is_written_and_nothing_fails(clock: Clock) -> None:
+    policy = stop_policy(clock)
+    policy.checkpoints.begin(0, dict, resumed=False)
+    assert run(policy, clock, range(100), 25.0) == 100
+    policy.checkpoints.write(100, dict, wait=True)
 
 
 def test_a_signal_here_or_elsewhere_stops(clock: Clock) -> None:
     here = StopSignals()
-    between = Boundary(signals=here)
-    assert between.stop_because() is None
+    policy = stop_policy(clock, signals=here)
+    assert policy.begin_round() is None
     here.received = signal.SIGTERM
-    assert between.stop_because() == "SIGTERM"
-    elsewhere = Boundary()
-    elsewhere.on_stop_wanted(signal.SIGUSR1, 3)
-    elsewhere.on_stop_wanted(signal.SIGTERM, 4)
-    assert elsewhere.stop_because() == "SIGUSR1 on rank 3"
+    assert policy.begin_round() == "SIGTERM"
+    elsewhere = stop_policy(clock)
+    elsewhere.on_signal(signal.SIGUSR1, 3)
+    elsewhere.on_signal(signal.SIGTERM, 4)
+    assert elsewhere.begin_round() == "SIGUSR1 on rank 3"
 
 
 def test_no_round_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
     """10 s a round, 2 s a checkpoint, 95 s: the ninth round ends at 90 s and its checkpoint at 92."""
     disk = Disk()
     disk.longest_s = 2.0
-    between = Boundary(disk, deadline=Deadline(clock.now + 95, "--max-seconds 95"))
-    assert run(between, clock, range(100), 10.0) == 9
-    assert between.stop_because() == "a round takes about 10.0 s, 5.0 s are left of --max-seconds 95"
+    policy = stop_policy(clock, disk, deadline=Deadline(clock.now + 95, "--max-seconds 95"))
+    assert run(policy, clock, range(100), 10.0) == 9
+    assert policy.begin_round() == "a round takes about 10.0 s, 5.0 s are left of --max-seconds 95"
 
 
 def test_the_margin_is_the_longest_round_seen(clock: Clock) -> None:
-    between = Boundary(deadline=Deadline(clock.now + 100, "x"))
-    run(between, clock, range(1), 40.0)
-    assert run(between, clock, range(1, 100), 5.0) == 5, "40 + 4 x 5 = 60: 40 are left, no more than the longest"
+    policy = stop_policy(clock, deadline=Deadline(clock.now + 100, "x"))
+    run(policy, clock, range(1), 40.0)
+    assert run(policy, clock, range(1, 100), 5.0) == 5, "40 + 4 x 5 = 60: 40 are left, no more than the longest"
 
 
 def test_a_time_that_is_shorter_than_a_round_says_so(clock: Clock) -> None:
-    between = Boundary(Disk(), deadline=Deadline(clock.now + 30, "the time limit of Slurm job 5", "more time"))
-    assert between.stop_because() is None, "nothing is known yet"
-    assert between.how_to_go_on == "run it again"
-    between.longest_s = 50.0  # from the checkpoint
-    assert between.stop_because() == (
+    policy = stop_policy(clock, Disk(), deadline=Deadline(clock.now + 30, "the time limit of Slurm job 5", "more time"))
+    assert policy.begin_round() is None, "nothing is known yet"
+    assert policy.how_to_go_on == "run it again"
+    policy.longest_s = 50.0  # from the checkpoint
+    assert policy.begin_round() == (
         "not one round fits: a round takes about 50.0 s, 30.0 s are left of the time limit of Slurm job 5"
     )
-    assert between.how_to_go_on == "more time: the same command would stop here again"
+    assert policy.how_to_go_on == "more time: the same command would stop here again"
 
 
 def test_a_round_is_given_up_only_when_it_is_late_and_the_end_is_near(clock: Clock) -> None:
     disk = Disk()
-    between = Boundary(disk, deadline=Deadline(clock.now + 100, "--max-seconds 100", "raise --max-seconds"))
-    assert between.overdue(2.0) is None, "no round is under way"
-    assert between.stop_because() is None
+    policy = stop_policy(clock, disk, deadline=Deadline(clock.now + 100, "--max-seconds 100", "raise --max-seconds"))
+    assert policy.overdue(2.0) is None, "no round is under way"
+    assert policy.begin_round() is None
     clock.now += 97
-    assert between.overdue(2.0) is None
+    assert policy.overdue(2.0) is None
     clock.now += 1.5
-    assert between.overdue(2.0) == (
+    assert policy.overdue(2.0) == (
         "not one round fits: a round takes longer, more than 98.5 s, and --max-seconds 100 is over: "
         "raise --max-seconds: the same command would stop here again"
     )
-    assert disk.noted == between.overdue(2.0)
-    between.after_round(1, 98.5, lambda: {"rounds": 1})
-    assert between.overdue(2.0) is None
+    policy.after_round(98.5)
+    assert policy.overdue(2.0) is None
 
 
 def test_a_round_that_is_not_late_is_left_alone_to_the_end(clock: Clock) -> None:
-    between = Boundary(deadline=Deadline(clock.now + 100, "x"))
-    run(between, clock, range(1), 49.5)
-    assert between.stop_because() is None
+    policy = stop_policy(clock, deadline=Deadline(clock.now + 100, "x"))
+    run(policy, clock, range(1), 49.5)
+    assert policy.begin_round() is None
     clock.now += 49
-    assert between.overdue(2.0) is None
+    assert policy.overdue(2.0) is None
     clock.now += 2
-    late = between.overdue(2.0)
+    late = policy.overdue(2.0)
     assert late is not None
     assert late.startswith("a round takes longer than any before, more than 51.0 s, and x is over: nothing was kept")
 
@@ -324,19 +327,19 @@ def test_a_round_that_is_not_late_is_left_alone_to_the_end(clock: Clock) -> None
 def test_what_was_measured_goes_on_with_the_run(clock: Clock) -> None:
     disk = Disk()
     disk.longest_s = 7.0
-    first = Boundary(disk)
+    first = stop_policy(clock, disk)
     run(first, clock, range(3), 20.0)
     first.longest_client_s = 4.0
-    again = Boundary(Disk(), deadline=Deadline(clock.now + 26, "x"))
+    again = stop_policy(clock, Disk(), deadline=Deadline(clock.now + 26, "x"))
     again.load_state_dict(first.state_dict())
     assert again.state_dict() == {"round_s": 20.0, "client_s": 4.0, "checkpoint_s": 7.0}
-    assert again.stop_because() == "not one round fits: a round takes about 20.0 s, 26.0 s are left of x"
+    assert again.begin_round() == "not one round fits: a round takes about 20.0 s, 26.0 s are left of x"
 
 
 def test_a_checkpoint_under_way_is_waited_for_before_the_last(clock: Clock) -> None:
     disk = Disk()
-    between = Boundary(disk, deadline=Deadline(clock.now + 20, "x"))
-    disk.longest_s, between.longest_s = 5.0, 12.0
-    assert between.stop_because() is None
+    policy = stop_policy(clock, disk, deadline=Deadline(clock.now + 20, "x"))
+    disk.longest_s, policy.longest_s = 5.0, 12.0
+    assert policy.begin_round() is None
     disk.writes_for_s = 1.0
-    assert between.stop_because() is not None
+    assert policy.begin_round() is not None

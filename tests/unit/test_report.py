@@ -24,7 +24,7 @@ from fedmpi.core.record import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError
-from fedmpi.fedlab.handler import SyncParameterServerHandler
+from fedmpi.fedavg import FedAvg
 from fedmpi.lifecycle.checkpoint import snapshot, write_state
 from fedmpi.options import parse, result_hash
 from fedmpi.report import progress, run_folder
@@ -32,6 +32,7 @@ from fedmpi.report.banner import banner
 from fedmpi.report.history import History, check_history, read_history
 from fedmpi.report.progress import Progress
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.server import AlgorithmServer
 
 RECORD = RoundRecord(
     round_idx=0,
@@ -236,19 +237,19 @@ def folders() -> Iterator[Any]:
 MADE_WITH = {"fedmpi": "0.1", "torch": "2.4", "threads": 1, "engine": "fused", "capability": ["AVX2"], "ranks": 3}
 
 
-def train(folder: RunFolder, config: RunConfig, finish: bool = True) -> SyncParameterServerHandler:
+def train(folder: RunFolder, config: RunConfig, finish: bool = True) -> AlgorithmServer:
     """One round, or what is left of it."""
-    server = SyncParameterServerHandler(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 3)
+    server = AlgorithmServer(FedAvg(config), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), config)
     folder.begin(config, {**MADE_WITH, **DATA})
     if folder.stored is not None:
-        server.load_state_dict(folder.stored["server"]["handler"])
+        server.load_state_dict(folder.stored["server"]["half"])
     else:
-        folder.write(0, {"handler": server.state_dict()})
+        folder.write(0, {"half": server.state_dict()})
     while server.round_idx < 1:
         folder.on_round(RECORD)
         server.round_idx = 1
-        folder.write(1, {"handler": server.state_dict()})
-    folder.finish()
+        folder.write(1, {"half": server.state_dict()})
+    folder.checkpoints.finish()
     if finish:
         folder.on_end(server)
     folder.close()
@@ -314,11 +315,11 @@ def test_a_finished_run_is_found_and_left_alone(folders: Any, tmp_path: Path) ->
     config = RunConfig(run_dir=str(tmp_path / "run"))
     train(folders(config), config)
     held = contents(tmp_path / "run")
-    harmless = {"verbose": True, "collect": "gather", "ethernet": "lo", "rounds": 50, "checkpoint_every": 7}
+    harmless = {"verbose": True, "schedule": "static", "ethernet": "lo", "rounds": 50, "checkpoint_every": 7}
     for same in (config, dataclasses.replace(config, **harmless)):
         folder = folders(same)
         assert folder.finished
-        assert folder.stored["server"]["handler"]["round_idx"] == 1
+        assert folder.stored["server"]["half"]["round_idx"] == 1
         folder.close()
     assert contents(tmp_path / "run") == held
 
@@ -359,14 +360,14 @@ def test_a_run_on_another_split_is_refused(folders: Any, tmp_path: Path) -> None
 
 def test_a_run_goes_on_where_its_checkpoint_is(folders: Any, tmp_path: Path) -> None:
     config = RunConfig(run_dir=str(tmp_path / "run"))
-    vector = train(folders(config), config, finish=False).model_parameters
+    vector = train(folders(config), config, finish=False).flat
     history = tmp_path / "run" / "history.jsonl"
     with history.open("a") as file:
         file.write("a line that no checkpoint knows of\n")
     left = tmp_path / "run" / "checkpoint" / ".round-000002.ckpt.abc.tmp"
     left.write_bytes(b"half a che")
     again = train(folders(dataclasses.replace(config, resume="must")), config)
-    assert torch.equal(again.model_parameters, vector)
+    assert torch.equal(again.flat, vector)
     assert read_history(history) == [RECORD]
     assert not left.exists()
     assert (tmp_path / "run" / "model.pt").exists()

@@ -20,13 +20,14 @@ from fedmpi.data.datasets import DATASETS, load_dataset
 from fedmpi.data.partition_index import PartitionIndex
 from fedmpi.data.partition_pickle import Manifest, write_partition
 from fedmpi.errors import ConfigError
-from fedmpi.fedlab.handler import SyncParameterServerHandler
+from fedmpi.fedavg import FedAvg
 from fedmpi.options import option, parse
 from fedmpi.report.history import flat_rows
 from fedmpi.report.identity import identity, model_parts, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
+from fedmpi.server import AlgorithmServer
 from tests.unit.test_report import DATA, MADE_WITH, RECORD
 
 
@@ -53,8 +54,8 @@ def life(tmp_path: Path) -> Iterator[Callable[..., RunFolder]]:
         opened.append(folder)
         folder.begin(config, made_with)
         if folder.stored is None:
-            folder.write(0, {"handler": SyncParameterServerHandler(nn.Linear(2, 2), 3).state_dict()})
-            folder.finish()
+            folder.write(0, {"half": AlgorithmServer(FedAvg(config), nn.Linear(2, 2), config).state_dict()})
+            folder.checkpoints.finish()
         folder.close()
         return folder
 

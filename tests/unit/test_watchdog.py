@@ -65,17 +65,12 @@ def net():
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def ends(monkeypatch):
-    """What the watchdog says instead of ending the test."""
-
-    def say(net, message, exit_code):
-        net.said.append((message, exit_code))
-
-    monkeypatch.setattr(watchdog, "end_all", say)
+def say(net, message, exit_code):
+    """In the place of the end of the job."""
+    net.said.append((message, exit_code))
 
 
-def watched(net, seconds, each=lambda: None, timeout_s=0.4, boundary=None, set_up=False):
+def watched(net, seconds, each=lambda: None, timeout_s=0.4, policy=None, set_up_s=None):
     """What was said within some seconds in which `each` was called ever again."""
     stop = threading.Event()
 
@@ -87,9 +82,9 @@ def watched(net, seconds, each=lambda: None, timeout_s=0.4, boundary=None, set_u
     others = threading.Thread(target=alive)
     others.start()
     end = time.monotonic() + seconds
-    with Watchdog(net, timeout_s) as watched:
-        if not set_up:
-            watched.begin_rounds(boundary)
+    with Watchdog(net, timeout_s, set_up_s or 600.0, say) as watched:
+        if set_up_s is None:
+            watched.begin_rounds(policy)
         while time.monotonic() < end and not net.said:
             each()
             time.sleep(0.02)
@@ -182,17 +177,20 @@ def test_a_rank_of_this_host_without_a_sign_of_life_is_named(net):
     assert message.endswith("client 4, round 2, 17 steps so far; it is stopped (SIGSTOP, or a debugger)")
 
 
-class Between:
-    """A boundary."""
+class Policy:
+    """A stop policy, which is its checkpoint policy too."""
 
     over: str | None = None
-    writes = 0.0, 0.1
+    writes_for_s, longest_s = 0.0, 0.1
+
+    def __init__(self):
+        self.checkpoints, self.noted = self, ""
 
     def overdue(self, ending_s):
         return self.over
 
-    def writes_for_s(self):
-        return self.writes
+    def note_stop(self, reason):
+        self.noted = reason
 
 
 ROUND = Pending(3, 0.1)
@@ -222,23 +220,23 @@ def test_who_is_not_waited_for_yet(net, rank, far, pending):
     assert watched(net, 1.0) == []
 
 
-def test_in_the_set_up_there_is_more_time(net, monkeypatch):
-    assert watched(net, 1.5, set_up=True) == []
-    monkeypatch.setattr(watchdog, "_SET_UP_S", 0.5)
-    ((message, _),) = watched(net, 20, set_up=True)[:1]
+def test_in_the_set_up_there_is_more_time(net):
+    assert watched(net, 1.5, set_up_s=600.0) == []
+    ((message, _),) = watched(net, 20, set_up_s=0.5)[:1]
     assert message.startswith("has made no progress for ")
 
 
 def test_a_disk_that_takes_no_checkpoint_is_no_reason_to_go_on_without(net):
-    between = Between()
-    net.waits, between.writes = True, (9.0, 0.1)
-    ((message, code),) = watched(net, 20, boundary=between)[:1]
+    policy = Policy()
+    net.waits, policy.writes_for_s = True, 9.0
+    ((message, code),) = watched(net, 20, policy=policy)[:1]
     assert (message, code) == ("a checkpoint has been under way to the disk for 9 s (--stall-timeout)", EXIT_CRASH)
 
 
 def test_a_round_that_outlives_the_jobs_time_ends_it_with_75(net):
-    between = Between()
+    policy = Policy()
     net.waits = True
-    assert watched(net, 0.5, boundary=between) == []
-    between.over = "not one round fits"
-    assert watched(net, 20, boundary=between)[0] == ("not one round fits", EXIT_STOPPED)
+    assert watched(net, 0.5, policy=policy) == []
+    policy.over = "not one round fits"
+    assert watched(net, 20, policy=policy)[0] == ("not one round fits", EXIT_STOPPED)
+    assert policy.noted == "not one round fits"
