@@ -27,9 +27,8 @@ from fedmpi.core.trainer import ClientTrainer
 from fedmpi.core.visits import put_back_note
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
-from fedmpi.data.partition_file import resolve_partition
-from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.data.partition_map import map_split
+from fedmpi.data.job_split import resolve_partition
+from fedmpi.data.split import PartitionIndex, map_split
 from fedmpi.errors import EXIT_DONE
 from fedmpi.lifecycle.exits import say
 from fedmpi.lifecycle.policies import Boundary

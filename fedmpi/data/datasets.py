@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.data.sources import obtained
+from fedmpi.data.install import locate
 from fedmpi.errors import DataError
 
 
@@ -74,7 +74,7 @@ class DatasetEntry:
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """Open what `fedmpi.data.sources.obtain` made. Safe after MPI has started.
+    """Open what `fedmpi.data.install.install` made. Safe after MPI has started.
 
     Args:
         name: a key of `DATASETS`.
@@ -101,7 +101,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
 
 def load_idx(name: str, dims: int, data_dir: str | Path | None) -> Arrays:
     """The four idx files of `name`; images of `dims` dimensions (3: N, H, W; 4: N, C, H, W)."""
-    folder, sums = obtained(name, data_dir)
+    folder, sums = locate(name, data_dir)
     train, test = (
         Split(_images(folder / f"{split}-images-idx{dims}-ubyte", dims), _labels(folder / f"{split}-labels-idx1-ubyte"))
         for split in ("train", "t10k")

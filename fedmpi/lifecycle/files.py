@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from fedmpi.errors import FilesystemError
+from fedmpi.errors import FedmpiError, FilesystemError
 
 TEMP_SUFFIX = ".tmp"
 
@@ -94,6 +96,39 @@ def read_regular(path: Path, limit: int, follow: bool = False) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is longer than {limit:,} bytes")
     return content
+
+
+def open_limited(path: str | Path, limit: int) -> BufferedReader:
+    """Open a regular file of at most `limit` bytes to read; links are followed.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: as `open_regular`, or it is longer; `strerror` says so.
+    """
+    try:
+        descriptor = open_regular(Path(path), follow=True)
+    except ValueError as error:  # a null byte in the name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+    size = os.fstat(descriptor).st_size
+    if size > limit:
+        os.close(descriptor)
+        raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read")
+    return os.fdopen(descriptor, "rb")
+
+
+def sha256_of(path: str | Path, limit: int) -> str:
+    """Return the SHA-256 (hex) of a regular file of at most `limit` bytes; errors as in `open_limited`."""
+    with open_limited(path, limit) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def os_errors(error_class: type[FedmpiError], what: str) -> Iterator[None]:
+    """Turn an OSError inside into `error_class` with the message "`what`: reason"."""
+    try:
+        yield
+    except OSError as error:
+        raise error_class(f"{what}: {error.strerror or error}") from error
 
 
 def refuse_odd(path: Path, folder: bool = False) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedmpi.core.model_checks import bytes_of
-from fedmpi.lifecycle.files import read_regular
+from fedmpi.lifecycle.files import sha256_of
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _MOST_PARTS = 2000
@@ -130,6 +130,6 @@ def _files(thing: object) -> list[Path]:
 
 def _file_sha256(path: Path) -> str:
     try:
-        return hashlib.sha256(read_regular(path, _MOST_SOURCE_BYTES, follow=True)).hexdigest()
+        return sha256_of(path, _MOST_SOURCE_BYTES)
     except OSError:
         return "unreadable"

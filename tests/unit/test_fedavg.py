@@ -20,7 +20,7 @@ from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.data import client_data
 from fedmpi.data.client_data import ClientData, Samples
 from fedmpi.data.datasets import Dataset, Split
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 from fedmpi.errors import ConfigError, ModelError
 from fedmpi.fedavg import FEDAVG, FedAvgTrainer, fedavg_handler
 

@@ -23,7 +23,7 @@ from fedmpi.config import RunConfig
 from fedmpi.core.handler import SyncParameterServerHandler
 from fedmpi.core.messages import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError
 from fedmpi.lifecycle.checkpoint import snapshot, write_state
 from fedmpi.options import parse, result_hash

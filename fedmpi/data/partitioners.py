@@ -1,21 +1,25 @@
-"""Partitioners: which client holds which training sample.
+"""Partitioners: which client holds which training sample; the splits `--partition` offers, and their parameters.
 
 Each one returns every index exactly once, leaves no client empty, depends on its arguments alone, and ends: what cannot
-be done is refused before any work.
+be done is refused before any work. A `dataset` is anything with a length, or with labels where these matter: see
+`labels_of`. `rng` is a seed or a generator.
 
 Letters: N samples, K clients, S shards.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmpi.config import DataConfig
 from fedmpi.data.labels import count_of, labels_of
-from fedmpi.errors import PartitionError
+from fedmpi.errors import ConfigError, PartitionError
 
 Indices: TypeAlias = NDArray[np.int64]
 Partition: TypeAlias = dict[int, Indices]
@@ -26,7 +30,7 @@ def random_slicing(dataset: Any, num_clients: int, rng: int | np.random.Generato
     """Deal the samples out at random; sizes differ by at most 1.
 
     Args:
-        dataset: anything with a length; for what has labels, see `labels_of`.
+        dataset: anything with a length.
         num_clients: K.
         rng: a seed or a generator.
 
@@ -47,7 +51,7 @@ def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | n
     Source: McMahan et al. 2017, arXiv:1602.05629, section 3 (200 shards, 2 for each of 100 clients).
 
     Args:
-        dataset: labels (N,), or a data set that stores them; see `labels_of`.
+        dataset: labels (N,), or a data set that stores them.
         num_clients: K.
         num_shards: S, a multiple of K, at most N.
         rng: a seed or a generator.
@@ -83,7 +87,7 @@ def dirichlet_slicing(
     arXiv:2102.02079.
 
     Args:
-        dataset: labels (N,), or a data set that stores them; see `labels_of`.
+        dataset: labels (N,), or a data set that stores them.
         num_clients: K.
         alpha: concentration, in (0, inf): 0.1 gives a client one or two classes, 100 nearly all alike.
         min_samples: fewest samples of a client, at least 1 and at most N / K.
@@ -166,3 +170,57 @@ def _cut(order: Indices, edges: Indices) -> Partition:
     order = np.ascontiguousarray(order, np.int64)
     ends = edges.tolist()
     return {client_id: order[ends[client_id] : ends[client_id + 1]] for client_id in range(len(ends) - 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """A way to split, and the options it takes: name -> default, as a function of the number of clients."""
+
+    split: Callable[..., Partition]
+    parameters: dict[str, Callable[[int], float]] = dataclasses.field(default_factory=dict)
+
+
+PARTITIONERS: dict[str, Partitioner] = {
+    "iid": Partitioner(random_slicing),
+    "shards": Partitioner(noniid_slicing, {"num_shards": lambda num_clients: 2 * num_clients}),
+    "dirichlet": Partitioner(dirichlet_slicing, {"alpha": lambda _: 0.5, "min_samples": lambda _: 1}),
+}
+"""Adding a partitioner: one function, one entry, and an option in `DataConfig` for each parameter."""
+
+
+def check_partition_options(config: DataConfig) -> None:
+    """Refuse options the chosen partitioner does not have, before any data are touched.
+
+    Raises:
+        ConfigError: names the option and the partitioner that has it.
+    """
+    for owner, partitioner in PARTITIONERS.items():
+        for name in partitioner.parameters:
+            if getattr(config, name) is not None and name not in PARTITIONERS[config.partition].parameters:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} belongs to --partition {owner}, but the split is --partition {config.partition}"
+                )
+    if config.partition == "shards" and config.num_shards is not None and config.num_shards % config.num_clients:
+        raise ConfigError(
+            f"--num-shards must be a multiple of {config.num_clients} (--num-clients), got {config.num_shards}"
+        )
+
+
+def partition_parameters(config: DataConfig) -> dict[str, float]:
+    """What the partitioner of `config` is called with besides labels, clients and seed; defaults filled in."""
+    given = {name: getattr(config, name) for name in PARTITIONERS[config.partition].parameters}
+    defaults = PARTITIONERS[config.partition].parameters
+    return {name: defaults[name](config.num_clients) if value is None else value for name, value in given.items()}
+
+
+def make_partition(config: DataConfig, labels: NDArray[Any]) -> Partition:
+    """The split that `config` asks for, over samples with these labels (N,).
+
+    Raises:
+        ConfigError: an option the partitioner does not have.
+        PartitionError: the split cannot exist.
+    """
+    check_partition_options(config)
+    parameters = partition_parameters(config)
+    return PARTITIONERS[config.partition].split(labels, config.num_clients, **parameters, rng=config.partition_seed)
