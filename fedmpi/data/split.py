@@ -78,10 +78,8 @@ class PartitionIndex:
         if num_clients == 0:
             raise PartitionError("a split without clients")
         if not all(client_id in partition for client_id in range(num_clients)):
-            found = shown(list(partition)[:4])
-            raise PartitionError(
-                f"{num_clients} clients must have the ids 0..{num_clients - 1}, found {found}; {RENUMBER}"
-            )
+            wanted, found = f"0..{num_clients - 1}", shown(list(partition)[:4])
+            raise PartitionError(f"{num_clients} clients must have the ids {wanted}, found {found}; {RENUMBER}")
         parts = [partition[client_id] for client_id in range(num_clients)]
         sizes = np.fromiter(map(len, parts), np.int64, num_clients)
         if sizes.min() == 0:
@@ -101,12 +99,6 @@ def check_partition(
     partition: Mapping[int, Any] | PartitionIndex, num_samples: int, num_clients: int, name: str = "the split"
 ) -> PartitionIndex:
     """Refuse a split that does not fit the data, the number of clients or itself; one that leaves samples out is legal.
-
-    Args:
-        partition: the split.
-        num_samples: size of the training data.
-        num_clients: K.
-        name: what to call it in messages, e.g. its path.
 
     Raises:
         PartitionError: client ids other than 0..K-1, an index out of range or held twice, no integers, an empty client.
@@ -158,9 +150,7 @@ def write_map(index: PartitionIndex, path: Path) -> PartitionIndex | None:
 def map_split(path: Path, whole: bool = True) -> PartitionIndex | None:
     """The split in a file that `write_map` wrote; None if there is none, it is damaged, or others may write to it.
 
-    Args:
-        path: the file.
-        whole: read it all, to compare its checksum.
+    `whole`: read it all, to compare its checksum.
     """
     if exposed(path):
         return None

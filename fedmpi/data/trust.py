@@ -16,6 +16,8 @@ from pathlib import Path
 
 from fedmpi.lifecycle.files import open_limited
 
+is_regular, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False where nobody may look
+
 
 def exposed(path: Path) -> str:
     """The reason why another user may change what is at `path`, in words; "": nobody can.
@@ -37,16 +39,16 @@ def exposed(path: Path) -> str:
             return f"{part} cannot be looked at: {error.strerror}"
         if found.st_uid not in (0, os.geteuid()):
             return f"{part} belongs to another user"
-        if not stat.S_ISLNK(found.st_mode) and _is_open(found):
+        if _is_open(found):
             return f"others may write to {part}"
     return ""
 
 
 def _is_open(found: os.stat_result) -> bool:
-    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
+    mode = found.st_mode
+    if stat.S_ISLNK(mode) or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
         return False
-    by_group = found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid)
-    return bool(found.st_mode & stat.S_IWOTH or by_group)
+    return bool(mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_own_group(found.st_gid)))
 
 
 def _is_own_group(gid: int) -> bool:
@@ -90,25 +92,8 @@ def exists(path: Path) -> bool:
     return True
 
 
-def is_regular(path: Path) -> bool:
-    """Return True if a regular file is at `path`, and may be looked at."""
-    return stat.S_ISREG(_mode(path))
-
-
-def is_folder(path: Path) -> bool:
-    """Return True if a folder is at `path`, and may be looked at."""
-    return stat.S_ISDIR(_mode(path))
-
-
 def writable(folder: Path) -> bool:
     """Return True if files can be made in `folder`, or the folder itself; only asks."""
     while not (is_folder(folder) or is_regular(folder)) and folder != folder.parent:
         folder = folder.parent
     return os.access(folder, os.W_OK | os.X_OK)
-
-
-def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except (OSError, ValueError):
-        return 0
