@@ -1,4 +1,4 @@
-"""The data sets, opened: uint8 images in memory-mapped files (one copy a machine), int64 labels in memory.
+"""The data sets, opened: uint8 images in memory-mapped files (one copy per machine), int64 labels in memory.
 
 Letters: N samples, C channels, H rows, W columns.
 """

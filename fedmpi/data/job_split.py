@@ -132,7 +132,7 @@ class SplitFiles:
         return index
 
     def write(
-        self, path: Path, made: PartitionIndex, manifest: Manifest, replace: bool
+        self, path: Path, split: PartitionIndex, manifest: Manifest, replace: bool
     ) -> tuple[PartitionIndex | None, str]:
         """Write what `make` returned to `path`, under a lock, unless it is there; as `read_made` afterwards.
 
@@ -144,8 +144,8 @@ class SplitFiles:
             if index is None and (replace or not problem):
                 if problem:
                     logger.warning("%s: made again", problem)
-                write_partition(path, made, manifest)
-                return made, ""
+                write_partition(path, split, manifest)
+                return split, ""
         return index, problem
 
     def default(self) -> tuple[PartitionIndex, Path | None, str]:
@@ -161,14 +161,14 @@ class SplitFiles:
             if index is not None:
                 return index, path, ""
             problem = "" if writable(path.parent) else f"{path.parent} cannot be written"
-        made, manifest = self.make()  # before the lock: what is refused leaves nothing behind
+        split, manifest = self.make()  # before the lock: what is refused leaves nothing behind
         if problem:
-            return made, None, problem
+            return split, None, problem
         try:
             path.parent.mkdir(0o755, parents=True, exist_ok=True)
-            self.write(path, made, manifest, replace=True)
+            self.write(path, split, manifest, replace=True)
         except FilesystemError as error:
-            return made, None, str(error)
+            return split, None, str(error)
         except OSError as error:
-            return made, None, f"{error.filename or path} cannot be made: {error.strerror}"
-        return made, path, ""
+            return split, None, f"{error.filename or path} cannot be made: {error.strerror}"
+        return split, path, ""

@@ -58,10 +58,10 @@ def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | n
         raise PartitionError(f"{num_samples} samples cannot be cut into {num_shards} shards (--num-shards)")
     order = np.argsort(labels, kind="stable")
     edges = np.arange(num_shards + 1, dtype=np.int64) * num_samples // num_shards
-    dealt = np.random.default_rng(rng).permutation(num_shards)  # client k gets dealt[k * S/K : (k + 1) * S/K]
-    sizes = np.diff(edges)[dealt]
+    shards = np.random.default_rng(rng).permutation(num_shards)  # client k gets shards[k * S/K : (k + 1) * S/K]
+    sizes = np.diff(edges)[shards]
     ends = np.cumsum(sizes)
-    places = np.arange(num_samples) + np.repeat(edges[dealt] - (ends - sizes), sizes)
+    places = np.arange(num_samples) + np.repeat(edges[shards] - (ends - sizes), sizes)
     return _cut(order[places], np.concatenate(([0], ends[num_shards // num_clients - 1 :: num_shards // num_clients])))
 
 
@@ -92,17 +92,17 @@ def dirichlet_slicing(
         raise PartitionError(f"--alpha must be in (0, inf), got {alpha}")
     rng = np.random.default_rng(rng)
     owner = np.empty(len(labels), np.int64)  # (N,) client of each sample
-    held = np.zeros(num_clients, np.int64)
+    sizes = np.zeros(num_clients, np.int64)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1])
     for members in by_class:
-        open_clients = np.flatnonzero(held * num_clients < len(labels))
+        open_clients = np.flatnonzero(sizes * num_clients < len(labels))
         edges = np.floor(np.cumsum(_proportions(len(open_clients), alpha, rng)) * len(members)).astype(np.int64)
         edges[-1] = len(members)
         counts = np.diff(np.minimum(edges, len(members)), prepend=0)
         owner[rng.permutation(members)] = np.repeat(open_clients, counts)
-        held[open_clients] += counts
-    _fill_up(owner, held, labels, min_samples, rng)
-    return _cut(np.argsort(owner, kind="stable"), np.concatenate(([0], np.cumsum(held))))
+        sizes[open_clients] += counts
+    _fill_up(owner, sizes, labels, min_samples, rng)
+    return _cut(np.argsort(owner, kind="stable"), np.concatenate(([0], np.cumsum(sizes))))
 
 
 def _check_count(num_samples: int, num_clients: int, min_samples: int = 1) -> None:
@@ -129,27 +129,27 @@ def _proportions(count: int, alpha: float, rng: np.random.Generator) -> NDArray[
     return np.asarray(shares / shares.sum(), np.float64)
 
 
-def _fill_up(owner: Indices, held: Indices, labels: NDArray[Any], min_samples: int, rng: np.random.Generator) -> None:
+def _fill_up(owner: Indices, sizes: Indices, labels: NDArray[Any], min_samples: int, rng: np.random.Generator) -> None:
     """Move samples, in place, from the largest clients, cut down to one level, to those below `min_samples`."""
-    wanted = np.maximum(min_samples - held, 0)
+    wanted = np.maximum(min_samples - sizes, 0)
     total = int(wanted.sum())
     if total == 0:
         return
-    low, high = min_samples, int(held.max())  # the lowest level that still frees `total`: found by halving
+    low, high = min_samples, int(sizes.max())  # the lowest level that still frees `total`: found by halving
     while low < high:
         level = (low + high + 1) // 2
-        low, high = (level, high) if np.maximum(held - level, 0).sum() >= total else (low, level - 1)
-    freed = np.maximum(held - low, 0)
+        low, high = (level, high) if np.maximum(sizes - level, 0).sum() >= total else (low, level - 1)
+    freed = np.maximum(sizes - low, 0)
     excess = int(freed.sum()) - total
     freed[np.flatnonzero(freed)[:excess]] -= 1  # halving leaves fewer too many than there are donors
     shuffled = rng.permutation(len(owner))
     by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]  # each client's samples in random order
-    rank = np.arange(len(owner)) - np.repeat(np.cumsum(held) - held, held)
-    moved = by_owner[rank < np.repeat(freed, held)]
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    moved = by_owner[rank < np.repeat(freed, sizes)]
     moved = moved[np.argsort(labels[moved], kind="stable")]  # neighbours share a class: the filled stay skewed too
-    needy = rng.permutation(np.flatnonzero(wanted))
-    owner[moved] = np.repeat(needy, wanted[needy])
-    held += wanted - freed
+    receivers = rng.permutation(np.flatnonzero(wanted))
+    owner[moved] = np.repeat(receivers, wanted[receivers])
+    sizes += wanted - freed
 
 
 def _cut(order: Indices, edges: Indices) -> Partition:

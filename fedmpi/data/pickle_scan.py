@@ -79,12 +79,7 @@ def flat_pickle(data: bytes) -> tuple[bytes, bool]:
     """
     scan = _Scan(data)
     scan.run()
-    flat, place = bytearray(), 0
-    for start, stop, instead in scan.edits:
-        flat += data[place:start] + instead
-        place = stop
-    flat += data[place:]
-    return bytes(flat), scan.stack[0] == _DICT
+    return bytes(scan.flat), scan.stack[0] == _DICT
 
 
 class _Scan:
@@ -94,7 +89,7 @@ class _Scan:
         self.stack = bytearray()  # kinds
         self.marks: list[int] = []  # heights of the stack
         self.memo = bytearray()  # kinds
-        self.edits: list[tuple[int, int, bytes]] = []  # from where, to where, what comes there instead
+        self.flat, self.num_copied = bytearray(), 0  # the pickle without dicts, and how many bytes it stands for
         self.has_puts = False  # entries of the memo are numbered: protocols 0 to 3
         self.client: re.Pattern[bytes] | None = None  # `_CLIENT` with this file's references
 
@@ -109,13 +104,15 @@ class _Scan:
                 raise RefusedError(f"it is no pickle of plain data ({self._place()})")
             self._skip_argument(opcode)
             if opcode in _REPLACED:
-                self.edits.append((self.start, self.end, _REPLACED[opcode]))
+                self.flat += data[self.num_copied : self.start] + _REPLACED[opcode]
+                self.num_copied = self.end
             if opcode in _PUSHED:
                 self.stack.append(_PUSHED[opcode])
             else:
                 _EFFECTS[opcode](self)
         if len(self.stack) != 1 or self.marks:
             raise self._error("comes too early")
+        self.flat += data[self.num_copied :]
 
     def _place(self) -> str:
         opcode = self.data[self.start]

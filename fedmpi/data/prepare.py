@@ -33,12 +33,9 @@ class PrepareConfig(DataConfig):
     """The options of this program."""
 
     out: str | None = option(
-        None,
-        "folder for the split (default: where a job with these settings looks for it)",
-        "Output",
-        result=False,
+        None, "folder for the split (default: where a job with these settings looks for it)", "Output", result=False,
         path=True,
-    )
+    )  # fmt: skip
 
 
 def prepare(config: PrepareConfig) -> str:

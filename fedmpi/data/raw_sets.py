@@ -101,7 +101,7 @@ class RawSet:
     npm: str = ""  # package@version that carries the files
     npm_folder: str = "package"  # their folder in that package
     decode: Callable[[Path, Path], None] | None = None  # (folder, out): makes the files in `out`, or SourceError
-    brings: str = ""  # what a user may put into the data folder, where it is not the files themselves
+    user_files: str = ""  # what a user may put into the data folder, where it is not the files themselves
     max_bytes: int = MAX_DATA_BYTES  # limit for one file, packed or unpacked
 
 
@@ -134,7 +134,7 @@ RAW_SETS: dict[str, RawSet] = {
         torchvision="CIFAR10",
         layouts=(".",),
         decode=decode_cifar,
-        brings=CIFAR_ARCHIVE,
+        user_files=CIFAR_ARCHIVE,
     ),
 }
 """One entry for each data set that lies in files."""

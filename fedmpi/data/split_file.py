@@ -34,7 +34,11 @@ def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
         PartitionError: ids or indices that are no integers.
         FilesystemError: the folder cannot be written.
     """
-    plain = {_as_id(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
+    for client_id in partition:
+        if isinstance(client_id, bool) or not isinstance(client_id, int | np.integer):
+            found = f"{shown(client_id, 40)} ({type(client_id).__name__})"
+            raise PartitionError(f"client ids must be integers, got {found}")
+    plain = {int(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
     atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
 
 
@@ -69,12 +73,6 @@ def parse_dict(data: bytes, name: str | Path) -> Partition:
         return _flat_copies(value, len(data))
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from error
-
-
-def _as_id(client_id: Any) -> int:
-    if isinstance(client_id, bool) or not isinstance(client_id, int | np.integer):
-        raise PartitionError(f"client ids must be integers, got {shown(client_id, 40)} ({type(client_id).__name__})")
-    return int(client_id)
 
 
 def _flat_copies(value: dict[Any, Any], num_bytes: int) -> Partition:

@@ -1,6 +1,6 @@
 """Where files come from: each source, verification, damage, read-only folders, many processes, killed processes.
 
-The data sets here are tiny stand-ins in the real formats; tests/e2e/test_obtain.py fetches the real one.
+The data sets here are tiny ones in the real formats; tests/e2e/test_obtain.py fetches the real one.
 """
 
 from __future__ import annotations
