@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fedmpi.config import RunConfig
     from fedmpi.core.order import MessageCode
     from fedmpi.core.vector import SerializationTool
-    from fedmpi.data.partition import noniid_slicing, random_slicing
-    from fedmpi.data.partition_file import load_dict, save_dict
+    from fedmpi.data.partitioners import noniid_slicing, random_slicing
+    from fedmpi.data.split_file import load_dict, save_dict
     from fedmpi.embedded import Run, run
     from fedmpi.errors import FedmpiError
     from fedmpi.fedlab import (
@@ -65,11 +65,11 @@ _HOME = {
     "Transform": "algorithm",
     "abort_on_crash": "lifecycle.exits",
     "beat": "lifecycle.progress",
-    "load_dict": "data.partition_file",
-    "noniid_slicing": "data.partition",
-    "random_slicing": "data.partition",
+    "load_dict": "data.split_file",
+    "noniid_slicing": "data.partitioners",
+    "random_slicing": "data.partitioners",
     "run": "embedded",
-    "save_dict": "data.partition_file",
+    "save_dict": "data.split_file",
 }
 
 __all__ = [

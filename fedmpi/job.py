@@ -24,9 +24,8 @@ from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.session import Session
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, load_dataset
-from fedmpi.data.partition_file import resolve_partition
-from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.data.partition_map import map_split
+from fedmpi.data.job_split import resolve_partition
+from fedmpi.data.split import PartitionIndex, map_split
 from fedmpi.engines import groups
 from fedmpi.errors import EXIT_DONE
 from fedmpi.imports import import_name

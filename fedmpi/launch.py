@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fedmpi import interrupt
 from fedmpi.config import RunConfig
-from fedmpi.data.partition import check_partition_options
-from fedmpi.data.sources import obtain
+from fedmpi.data.install import install
+from fedmpi.data.partitioners import check_partition_options
 from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, ConfigError, FedmpiError, LaunchError, shown
 from fedmpi.imports import import_name
 from fedmpi.lifecycle.exits import abort_on_crash, end_all, say_error
@@ -192,7 +192,7 @@ def before_mpi(config: RunConfig) -> None:
             )
         for variable in ("FI_TCP_IFACE", "FI_SOCKETS_IFACE", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include"):
             os.environ.setdefault(variable, config.ethernet)
-    obtain(config.dataset, config.data_dir)
+    install(config.dataset, config.data_dir)
 
 
 def _allow_open_files() -> None:

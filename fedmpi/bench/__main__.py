@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmpi.bench.parser import Parser
 from fedmpi.bench.start import launched_ranks, median_difference, seconds_to_round_0
-from fedmpi.data.sources import obtain
+from fedmpi.data.install import install
 from fedmpi.errors import EXIT_DONE, ConfigError
 from fedmpi.launch import leave, start
 from fedmpi.lifecycle.files import atomic_write
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
     def prepare() -> tuple[argparse.Namespace, dict[str, list[float]]]:
         options = _checked(parser.parse_args(argv))
-        obtain("mnist", None)
+        install("mnist", None)
         return options, seconds_to_round_0(launched_ranks(), options.starts) if options.starts and speaks() else {}
 
     return start(argv, prepare, _run)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.memory_format import laid_out
 from fedmpi.data.datasets import Dataset, Split
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 from fedmpi.errors import ConfigError
 
 

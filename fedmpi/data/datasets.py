@@ -1,4 +1,4 @@
-"""The data sets, opened: uint8 images in memory-mapped files (one copy a machine), int64 labels in memory.
+"""The data sets, opened: uint8 images in memory-mapped files (one copy per machine), int64 labels in memory.
 
 Letters: N samples, C channels, H rows, W columns.
 """
@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.data.sources import obtained
+from fedmpi.data.install import locate
 from fedmpi.errors import DataError
+from fedmpi.lifecycle.files import os_errors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,9 +56,8 @@ class Dataset:
         return tuple(self.train.x.shape[1:])
 
 
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-    """What a loader returns: the two splits and the identity of their content."""
+class Arrays(NamedTuple):
+    """The two splits and the identity of their content."""
 
     train: Split
     test: Split
@@ -64,7 +66,7 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEntry:
-    """How a data set is opened. `load` gets the folder of all data sets; it starts no process and writes nothing."""
+    """An entry of `DATASETS`. `load` gets the folder of all data sets; it starts no process and writes nothing."""
 
     load: Callable[[str | Path | None], Arrays]
     num_classes: int
@@ -74,7 +76,7 @@ class DatasetEntry:
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """Open what `fedmpi.data.sources.obtain` made. Safe after MPI has started.
+    """Open what `fedmpi.data.install.install` made. Safe after MPI has started.
 
     Args:
         name: a key of `DATASETS`.
@@ -91,22 +93,21 @@ def load_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
         if len(split.x) != len(split.y) or len(split.y) == 0:
             raise DataError(f"{name}: {len(split.x)} samples but {len(split.y)} labels")
         if split.y.min() < 0 or split.y.max() >= entry.num_classes:
-            raise DataError(
-                f"{name}: labels must be in [0, {entry.num_classes}), found {split.y.min()}..{split.y.max()}"
-            )
-    return Dataset(
-        name, arrays.train, arrays.test, entry.num_classes, entry.mean, entry.std, arrays.sha256, entry.classes
-    )
+            found = f"{split.y.min()}..{split.y.max()}"
+            raise DataError(f"{name}: labels must be in [0, {entry.num_classes}), found {found}")
+    train, test, sha256 = arrays
+    return Dataset(name, train, test, entry.num_classes, entry.mean, entry.std, sha256, entry.classes)
 
 
 def load_idx(name: str, dims: int, data_dir: str | Path | None) -> Arrays:
     """The four idx files of `name`; images of `dims` dimensions (3: N, H, W; 4: N, C, H, W)."""
-    folder, sums = obtained(name, data_dir)
-    train, test = (
-        Split(_images(folder / f"{split}-images-idx{dims}-ubyte", dims), _labels(folder / f"{split}-labels-idx1-ubyte"))
-        for split in ("train", "t10k")
-    )
-    return Arrays(train, test, hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest())
+    folder, sums = locate(name, data_dir)
+    splits = []
+    for split in ("train", "t10k"):
+        x = read_idx(folder / f"{split}-images-idx{dims}-ubyte", dims)
+        y = read_idx(folder / f"{split}-labels-idx1-ubyte", 1)
+        splits.append(Split(x if dims == 4 else x[:, None], y.astype(np.int64)))
+    return Arrays(splits[0], splits[1], hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest())
 
 
 def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
@@ -116,12 +117,8 @@ def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
         DataError: it is no idx file of `dims` dimensions, or longer or shorter than it says.
     """
     header_bytes = 4 + 4 * dims
-    try:
-        with path.open("rb") as file:
-            header = file.read(header_bytes)
-        size_bytes = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    with os_errors(DataError, f"{path} cannot be read"), path.open("rb") as file:
+        header, size_bytes = file.read(header_bytes), os.fstat(file.fileno()).st_size
     if header[:4] != bytes([0, 0, 8, dims]) or len(header) < header_bytes:
         raise DataError(f"{path} is no idx file of {dims} dimensions of uint8: it begins with {header[:4].hex()}")
     shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
@@ -130,15 +127,6 @@ def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
     if 0 in shape:
         return np.empty(shape, np.uint8)
     return np.memmap(path, np.uint8, "r", offset=header_bytes, shape=shape)
-
-
-def _images(path: Path, dims: int) -> NDArray[np.uint8]:
-    x = read_idx(path, dims)
-    return x if dims == 4 else x[:, None]
-
-
-def _labels(path: Path) -> NDArray[np.int64]:
-    return read_idx(path, 1).astype(np.int64)
 
 
 def _digits(data_dir: str | Path | None) -> Arrays:
@@ -183,16 +171,10 @@ _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 DATASETS: dict[str, DatasetEntry] = {
-    "mnist": DatasetEntry(lambda data_dir: load_idx("mnist", 3, data_dir), 10, (0.1307,), (0.3081,), _DIGITS),
-    "fashion-mnist": DatasetEntry(
-        lambda data_dir: load_idx("fashion-mnist", 3, data_dir), 10, (0.2860,), (0.3530,), _FASHION
-    ),
+    "mnist": DatasetEntry(partial(load_idx, "mnist", 3), 10, (0.1307,), (0.3081,), _DIGITS),
+    "fashion-mnist": DatasetEntry(partial(load_idx, "fashion-mnist", 3), 10, (0.2860,), (0.3530,), _FASHION),
     "cifar10": DatasetEntry(
-        lambda data_dir: load_idx("cifar10", 4, data_dir),
-        10,
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-        _CIFAR10,
+        partial(load_idx, "cifar10", 4), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10
     ),
     "digits": DatasetEntry(_digits, 10, (0.3049,), (0.3761,), _DIGITS),
     "synthetic": DatasetEntry(_synthetic, 10, (0.4988,), (0.2529,), _DIGITS),

@@ -1,13 +1,11 @@
-"""Labels of what users call a data set, read without its items: an item may be a picture that is decoded first.
+"""Labels of a user's data set, read without its items: an item may be a picture that is decoded first.
 
 What stores no labels, or stores them where nobody can know their order, is refused with a sentence.
-
-Letters: N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,24 +30,21 @@ def labels_of(dataset: Any) -> NDArray[Any]:
             sample.
     """
     source = _without_split(dataset)
-    if _is_plain(source):
-        return _as_array(source, source)
-    if hasattr(source, "datasets") and hasattr(source, "cumulative_sizes"):  # torch's ConcatDataset
-        return np.concatenate([labels_of(part) for part in source.datasets])
-    if {"dataset", "indices"} <= set(getattr(source, "__dict__", ())):  # torch's Subset, and no wrapper around one
-        return _counted(_subset(source), source)
-    stored = next((getattr(source, name) for name in _ATTRIBUTES if hasattr(source, name)), None)
-    if stored is None and len(getattr(source, "tensors", ())) == 2:  # torch's TensorDataset of inputs and labels
-        stored = source.tensors[1]
-    if stored is None:
-        raise PartitionError(f"{_named(source)} has no labels that can be read without its items: {_INSTEAD}")
-    return _counted(_as_array(stored, source), source)
-
-
-def _counted(labels: NDArray[Any], source: Any) -> NDArray[Any]:
-    length = _length(source)
-    if length not in (None, len(labels)):
-        raise PartitionError(f"{_named(source)} has {length} samples but {len(labels)} labels: {_INSTEAD}")
+    stored = source if _is_plain(source) else None
+    if stored is None and hasattr(source, "datasets") and hasattr(source, "cumulative_sizes"):  # torch's ConcatDataset
+        labels = np.concatenate([labels_of(part) for part in source.datasets])
+    elif stored is None and {"dataset", "indices"} <= set(getattr(source, "__dict__", ())):  # its Subset, no wrapper
+        labels = _subset(source)
+    else:
+        if stored is None:
+            stored = next((getattr(source, name) for name in _ATTRIBUTES if hasattr(source, name)), None)
+        if stored is None and len(getattr(source, "tensors", ())) == 2:  # torch's TensorDataset of inputs and labels
+            stored = source.tensors[1]
+        if stored is None:
+            raise PartitionError(f"{_named(source)} has no labels that can be read without its items: {_INSTEAD}")
+        labels = _as_array(stored, source)
+    if _length(source) not in (None, len(labels)):
+        raise PartitionError(f"{_named(source)} has {_length(source)} samples but {len(labels)} labels: {_INSTEAD}")
     return labels
 
 
@@ -95,8 +90,7 @@ def _is_plain(source: Any) -> bool:
 def _subset(source: Any) -> NDArray[Any]:
     if source.dataset is source:
         raise PartitionError(f"{_named(source)} is a part of itself: {_INSTEAD}")
-    labels = labels_of(source.dataset)
-    indices = _as_array(source.indices, source)
+    labels, indices = labels_of(source.dataset), _as_array(source.indices, source)
     if indices.dtype.kind not in "iu":
         raise PartitionError(f"{_named(source)} must have integers as indices, got {indices.dtype}")
     try:
@@ -107,13 +101,13 @@ def _subset(source: Any) -> NDArray[Any]:
 
 def _as_array(stored: Any, source: Any) -> NDArray[Any]:
     name = "labels" if stored is source else f"the labels of {_named(source)}"
-    if isinstance(stored, list | tuple):
-        _refuse_items(stored, name)
-    elif not _is_plain(stored):
+    if not _is_plain(stored):
         raise PartitionError(f"{name} must be a list, an array or a tensor, got {_named(stored)}: {_INSTEAD}")
-    if hasattr(stored, "detach"):
-        stored = stored.detach()
+    for item in stored if isinstance(stored, list | tuple) else ():
+        if not isinstance(item, int | str | bytes | np.generic) and getattr(item, "ndim", None) != 0:
+            raise PartitionError(f"{name} must be one integer per sample, got {_named(item)}: {_INSTEAD}")
     try:
+        stored = stored.detach() if hasattr(stored, "detach") else stored
         labels = np.asarray(stored.cpu() if hasattr(stored, "cpu") else stored)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor without values
         raise PartitionError(f"{name} are no array ({shown(str(error))})") from error
@@ -122,9 +116,3 @@ def _as_array(stored: Any, source: Any) -> NDArray[Any]:
     if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
         raise PartitionError(f"{name} must be one integer per sample, got {labels.dtype} of shape {labels.shape}")
     return labels
-
-
-def _refuse_items(stored: Sequence[Any], name: str) -> None:
-    for item in stored:
-        if not isinstance(item, int | str | bytes | np.generic) and getattr(item, "ndim", None) != 0:
-            raise PartitionError(f"{name} must be one integer per sample, got {_named(item)}: {_INSTEAD}")

@@ -1,4 +1,4 @@
-"""`python -m fedmpi.data.prepare`: fetch a data set and write a split of it; needs neither MPI nor torch.
+"""`python -m fedmpi.data.prepare`: install a data set and write a split of it; needs neither MPI nor torch.
 
 For a login node that has the network the compute nodes lack, and for splits one wants to keep or hand on.
 """
@@ -9,22 +9,18 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from fedmpi import interrupt
 from fedmpi.config import DataConfig
-from fedmpi.data.datasets import Dataset, load_dataset
-from fedmpi.data.partition import check_partition_options
-from fedmpi.data.partition_file import default_partition, new_partition, partition_name, read_partition
-from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.data.partition_map import read_checked
-from fedmpi.data.partition_pickle import manifest_path, write_partition
-from fedmpi.data.sources import data_root, expanded, obtain
+from fedmpi.data.datasets import load_dataset
+from fedmpi.data.install import data_root, expanded, install
+from fedmpi.data.job_split import SplitFiles, partition_name
+from fedmpi.data.partitioners import check_partition_options
+from fedmpi.data.split_file import manifest_path
 from fedmpi.errors import EXIT_DONE, EXIT_INTERRUPTED, FedmpiError, FilesystemError, PartitionError
-from fedmpi.lifecycle.files import remove_temps
-from fedmpi.lifecycle.lock import FileLock
+from fedmpi.lifecycle.files import os_errors
 from fedmpi.logs import Stream
 from fedmpi.mpi import streams
 from fedmpi.options import option, parse
@@ -37,48 +33,54 @@ class PrepareConfig(DataConfig):
     """The options of this program."""
 
     out: str | None = option(
-        None,
-        "folder for the split (default: where a job with these settings looks for it)",
-        "Output",
-        result=False,
+        None, "folder for the split (default: where a job with these settings looks for it)", "Output", result=False,
         path=True,
-    )
+    )  # fmt: skip
 
 
 def prepare(config: PrepareConfig) -> str:
-    """Obtain the data, make or reuse the split; what was done, as text for the user.
+    """Install the data, make or reuse the split; return what was done, as text for the user.
 
     Raises:
         FedmpiError: no data, an impossible split, a folder that cannot be written, or a file that is in the way.
     """
     check_partition_options(config)
-    folder = obtain(config.dataset, config.data_dir)
+    folder = install(config.dataset, config.data_dir)
     dataset = load_dataset(config.dataset, config.data_dir)
-    flag = ""
+    splits = SplitFiles(config, dataset, data_root(config.data_dir))
     if config.out is None:
-        index, path, problem = default_partition(config, dataset, config.data_dir)
+        index, path, problem = splits.default()
         if path is None:
             raise FilesystemError(f"{problem}: give a folder with --out")
         flag = "nothing: jobs with these settings find it"
     else:
         path = expanded(config.out, "--out") / partition_name(config)
-        index = _write_once(path, config, dataset)
+        index, manifest = splits.make()
+        with os_errors(FilesystemError, f"--out {path.parent} cannot be made"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        found, problem = splits.read_made(path)
+        if found is None and not problem:
+            found, problem = splits.write(path, index, manifest, replace=False)
+        if found is None or found.sha256() != manifest.sha256:
+            raise PartitionError(
+                f"{path} is there already and is another split ({problem or 'other samples'}): remove it and "
+                f"{manifest_path(path).name}, or give another --out"
+            )
         flag = f"--partition-file {path}"
-    read_checked(path, data_root(config.data_dir), len(dataset.train), config.num_clients)  # maps a large one for jobs
+    splits.read(path)  # maps a large one for jobs
     sizes = index.sizes
-    lines = [
+    return (
         f"data    {config.dataset}: {len(dataset.train)} training and {len(dataset.test)} test samples"
-        + (f" in {folder}" if folder.is_dir() else ""),
+        f"{f' in {folder}' if folder.is_dir() else ''}\n"
         f"split   {config.partition}: {len(sizes)} clients, {sizes.min()} / {np.median(sizes):g} / {sizes.max()} "
-        f"samples (min / median / max), hash {index.sha256()[:16]}",
-        f"file    {path}",
-        f"option  {flag}",
-    ]
-    return "\n".join(lines)
+        f"samples (min / median / max), hash {index.sha256()[:16]}\n"
+        f"file    {path}\n"
+        f"option  {flag}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the program; its exit code."""
+    """Run the program; return its exit code."""
     streams.reserve()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Stream(sys.stderr)])
     try:
@@ -92,28 +94,6 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     streams.show(sys.stdout, text + "\n")
     return EXIT_DONE
-
-
-def _write_once(path: Path, config: PrepareConfig, dataset: Dataset) -> PartitionIndex:
-    """Write the split to `path`; a file that is there already must be that very split."""
-    made, manifest = new_partition(config, dataset)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FilesystemError(f"--out {path.parent} cannot be made: {error.strerror}") from error
-    found, problem = read_partition(path, config, dataset)
-    if found is None and not problem:
-        with FileLock(path.with_name(f".{path.name}.lock"), what=str(path)):
-            remove_temps(path.parent, path.name)
-            found, problem = read_partition(path, config, dataset)
-            if found is None and not problem:
-                write_partition(path, made, manifest)
-    if problem or (found is not None and found.sha256() != manifest.sha256):
-        raise PartitionError(
-            f"{path} is there already and is another split ({problem or 'other samples'}): remove it and "
-            f"{manifest_path(path).name}, or give another --out"
-        )
-    return made
 
 
 if __name__ == "__main__":

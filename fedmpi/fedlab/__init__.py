@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from fedmpi.core.order import MessageCode
 from fedmpi.core.vector import SerializationTool
-from fedmpi.data.partition import noniid_slicing, random_slicing
-from fedmpi.data.partition_file import load_dict, save_dict
+from fedmpi.data.partitioners import noniid_slicing, random_slicing
+from fedmpi.data.split_file import load_dict, save_dict
 from fedmpi.fedlab.aggregate import Aggregators
 from fedmpi.fedlab.handler import ParameterServerBackendHandler, SyncParameterServerHandler
 from fedmpi.fedlab.managers import ClientPassiveManager, NetworkManager, ServerManager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedmpi.config import RunConfig
 from fedmpi.data.datasets import Dataset
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 
 
 def banner(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedmpi.config import RunConfig
 from fedmpi.data.datasets import Dataset
-from fedmpi.data.partition_pickle import read_manifest
+from fedmpi.data.split_file import read_manifest
 
 
 def input_record(dataset: Dataset) -> dict[str, list[object]]:

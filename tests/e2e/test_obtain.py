@@ -19,9 +19,9 @@ FILES = RAW_SETS["mnist"].files
 JOB = """
 import logging
 from fedmpi.data.datasets import load_dataset
-from fedmpi.data.sources import obtain
+from fedmpi.data.install import install
 logging.basicConfig(level="INFO", format="%(message)s")
-obtain("mnist")
+install("mnist")
 data = load_dataset("mnist")
 assert (data.input_shape, len(data.train), len(data.test)) == ((1, 28, 28), 60000, 10000)
 """

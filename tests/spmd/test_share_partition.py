@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from fedmpi import job
 from fedmpi.config import RunConfig
-from fedmpi.data import partition_map
 from fedmpi.data.datasets import load_dataset
+from fedmpi.data.job_split import resolve_partition
+from fedmpi.data.split import PartitionIndex
 from fedmpi.mpi.setup import on_every_rank, on_root
 
 
 @pytest.fixture
 def share(net, tmp_path_factory, monkeypatch):
     """Shares a split from a folder that all ranks see."""
-    monkeypatch.setattr(partition_map, "LARGE_BYTES", 1)
+    monkeypatch.setattr(job, "resolve_partition", partial(resolve_partition, large_bytes=1))
     root = on_root(net, lambda: str(tmp_path_factory.mktemp("data")))
     config = RunConfig(dataset="synthetic", num_clients=30, data_dir=root)
     dataset = load_dataset("synthetic", root)
@@ -40,7 +43,7 @@ def test_it_is_sent_to_all_where_one_rank_cannot_see_the_copy(net, agree, share,
     share()
     whole, _ = share()
     if net.rank == net.size - 1:
-        other = None if seen == "nothing" else partition_map.PartitionIndex(whole.offsets[:5], whole.indices[:9])
+        other = None if seen == "nothing" else PartitionIndex(whole.offsets[:5], whole.indices[:9])
         monkeypatch.setattr(job, "map_split", lambda *_, **__: other)
     index, _ = share()
     agree(index.file is None, index.file)

@@ -15,9 +15,9 @@ from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
 import fedmpi
 from fedmpi import Aggregators, MessageCode, fedlab, noniid_slicing, random_slicing
-from fedmpi.data.cifar import write_idx
 from fedmpi.data.datasets import Split
 from fedmpi.data.labels import labels_of
+from fedmpi.data.raw_sets import write_idx
 from fedmpi.errors import PartitionError
 
 N = 60

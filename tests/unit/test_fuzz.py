@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedmpi.config import RunConfig
-from fedmpi.data.partition_pickle import VERSION, Manifest, load_dict, manifest_path, read_manifest
+from fedmpi.data.split_file import VERSION, Manifest, load_dict, manifest_path, read_manifest
 from fedmpi.errors import CheckpointError, ConfigError, FedmpiError, PartitionError
 from fedmpi.options import parse, to_yaml
 from fedmpi.report.history import History, check_history

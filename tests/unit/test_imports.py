@@ -141,7 +141,7 @@ def test_torch_is_loaded_where_tensors_are_worked_on() -> None:
     assert not [module for module in importers("/torch", "top", "late") if room(module) == "mpi"]
 
 
-@pytest.mark.parametrize("module", ["__init__", "__main__", "config", "launch", "logs", "data.sources", "data.prepare"])
+@pytest.mark.parametrize("module", ["__init__", "__main__", "config", "launch", "logs", "data.install", "data.prepare"])
 def test_what_comes_before_training_loads_no_torch_and_no_mpi(module: str) -> None:
     """Everything that loading `module` loads, followed to the end: `--help` and `data.prepare` need neither."""
     seen, todo = set(), [module]

@@ -13,8 +13,8 @@ import pytest
 
 from fedmpi.config import RunConfig
 from fedmpi.data.datasets import load_dataset
-from fedmpi.data.partition_file import load_dict, resolve_partition, save_dict
-from fedmpi.data.partition_pickle import manifest_path, read_manifest
+from fedmpi.data.job_split import resolve_partition
+from fedmpi.data.split_file import load_dict, manifest_path, read_manifest, save_dict
 from fedmpi.errors import PartitionError
 
 MANIFEST = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedmpi.config import DataConfig
 from fedmpi.data.datasets import load_dataset
-from fedmpi.data.partition import (
+from fedmpi.data.partitioners import (
     PARTITIONERS,
     Partition,
     check_partition_options,

@@ -17,22 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmpi.config import RunConfig
-from fedmpi.data import partition_file
+from fedmpi.data import job_split
 from fedmpi.data.datasets import Dataset, load_dataset
-from fedmpi.data.partition import random_slicing
-from fedmpi.data.partition_file import (
-    PartitionIndex,
-    check_partition,
-    load_dict,
-    partition_name,
-    partition_sha256,
-    resolve_partition,
-    save_dict,
-)
+from fedmpi.data.job_split import SplitFiles, partition_name, resolve_partition
+from fedmpi.data.partitioners import random_slicing
+from fedmpi.data.split import PartitionIndex, check_partition
+from fedmpi.data.split_file import load_dict, save_dict
 from fedmpi.errors import FilesystemError, PartitionError
 
 SPLIT = {0: np.array([4, 1, 300_000_000_000]), 1: np.array([7]), 2: np.array([0, 2])}
 RAN: list[str] = []
+
+
+def partition_sha256(partition: dict[int, Any]) -> str:
+    return PartitionIndex.from_dict(partition).sha256()
 
 
 def same(partition: dict[int, Any], wanted: dict[int, Any] = SPLIT) -> bool:
@@ -143,8 +141,8 @@ HOSTILE = {
     "shared list": pickle.dumps(dict.fromkeys(range(200), FIFTY)),
     "extension": PROTO + b"\x82\x01.",
     "persistent": PROTO + b"K\x01Q.",
-    "changing a stand-in": PROTO + b"c_codecs\nencode\n}X\x08\0\0\0__name__K\x01sb.",
-    "slots of a stand-in": PROTO + b"c_codecs\nencode\nN}X\x0c\0\0\0__defaults__NS\x86b.",
+    "changing a constructor": PROTO + b"c_codecs\nencode\n}X\x08\0\0\0__name__K\x01sb.",
+    "slots of a constructor": PROTO + b"c_codecs\nencode\nN}X\x0c\0\0\0__defaults__NS\x86b.",
     "calling a number": PROTO + b"K\x01)R.",
     "itself": PROTO + b"]\x94h\x00a.",
     "dtype": PROTO + b"cnumpy\ndtype\nX\x02\0\0\0O8\x89\x88\x87R.",
@@ -271,7 +269,7 @@ def test_the_split_of_a_job_is_made_once(tmp_path: Path, synthetic: Dataset, mon
         "version": 1, "dataset": "synthetic", "dataset_sha256": synthetic.sha256, "num_samples": 2000, "num_clients": 7,
         "partition": "iid", "parameters": {}, "seed": 0, "sha256": sha256,
     }  # fmt: skip
-    monkeypatch.setattr(partition_file, "new_partition", lambda *args: pytest.fail("made twice"))
+    monkeypatch.setattr(SplitFiles, "make", lambda *args: pytest.fail("made twice"))
     again, same_sha256, same_path = resolve_partition(run_config(seed=5), synthetic, tmp_path)
     assert (same_sha256, same_path) == (sha256, path)
     assert np.array_equal(again.indices, index.indices)
@@ -322,15 +320,15 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     kept = resolve_partition(run_config(), synthetic, tmp_path / "rw")
     with monkeypatch.context() as patch:
-        patch.setattr(partition_file, "writable", lambda folder: False)
+        patch.setattr(job_split, "writable", lambda folder: False)
         patch.setattr(Path, "mkdir", lambda *args, **options: pytest.fail("tried to write"))
-        patch.setattr(partition_file, "FileLock", lambda *args, **options: pytest.fail("tried to write"))
+        patch.setattr(job_split, "FileLock", lambda *args, **options: pytest.fail("tried to write"))
         assert resolve_partition(run_config(), synthetic, tmp_path / "rw")[1:] == kept[1:]
         assert caplog.records == []
         assert resolve_partition(run_config(), synthetic, tmp_path / "ro")[1:] == (kept[1], None)
     assert len(caplog.records) == 1
     (tmp_path / "file").touch()  # writable says yes, and then it is not
-    monkeypatch.setattr(partition_file, "writable", lambda folder: True)
+    monkeypatch.setattr(job_split, "writable", lambda folder: True)
     assert resolve_partition(run_config(), synthetic, tmp_path / "file")[1:] == (kept[1], None)
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedmpi.data import partition_map
-from fedmpi.data.partition_map import map_split, read_checked
-from fedmpi.data.partition_pickle import save_dict
+from fedmpi.data import job_split
+from fedmpi.data.job_split import read_checked
+from fedmpi.data.split import PartitionIndex, map_split, write_map
+from fedmpi.data.split_file import save_dict
 from fedmpi.errors import PartitionError
 
 SPLIT = {0: np.array([4, 2]), 1: np.array([0]), 2: np.array([5, 1, 3])}
 
 
 @pytest.fixture
-def large(tmp_path, monkeypatch):
-    """A pickle that counts as large, and the folder of all data sets."""
-    monkeypatch.setattr(partition_map, "LARGE_BYTES", 1)
+def large(tmp_path):
+    """A pickle, and the folder of all data sets."""
     save_dict(SPLIT, tmp_path / "split.pkl")
     return tmp_path / "split.pkl", tmp_path / "data"
 
 
-def read(large):
-    return read_checked(*large, num_samples=6, num_clients=3)
+def read(large, large_bytes=1):
+    return read_checked(*large, num_samples=6, num_clients=3, large_bytes=large_bytes)
 
 
 def as_dict(index):
@@ -34,7 +34,7 @@ def test_the_copy_is_read_instead_of_the_pickle(large, monkeypatch):
     assert as_dict(first) == {client_id: indices.tolist() for client_id, indices in SPLIT.items()}
     assert first.file is not None
     assert first.file.is_file()
-    monkeypatch.setattr(partition_map, "parse_dict", lambda *_: pytest.fail("the pickle is read"))
+    monkeypatch.setattr(job_split, "parse_dict", lambda *_: pytest.fail("the pickle is read"))
     again = read(large)
     assert as_dict(again) == as_dict(first)
     assert again.sha256() == first.sha256()
@@ -44,7 +44,7 @@ def test_the_copy_is_read_instead_of_the_pickle(large, monkeypatch):
 
 def test_a_small_split_has_no_copy(tmp_path):
     save_dict(SPLIT, tmp_path / "split.pkl")
-    index = read((tmp_path / "split.pkl", tmp_path / "data"))
+    index = read((tmp_path / "split.pkl", tmp_path / "data"), job_split.LARGE_BYTES)
     assert index.file is None
     assert not (tmp_path / "data").exists()
 
@@ -84,9 +84,9 @@ def test_without_a_folder_to_write_to_it_stays_in_memory(large):
 def test_a_copy_is_checked_like_the_pickle(large):
     read(large)
     with pytest.raises(PartitionError, match="holds 3 clients, --num-clients is 4"):
-        read_checked(*large, num_samples=6, num_clients=4)
+        read_checked(*large, num_samples=6, num_clients=4, large_bytes=1)
     with pytest.raises(PartitionError, match="holds index 5, the data has 5 samples"):
-        read_checked(*large, num_samples=5, num_clients=3)
+        read_checked(*large, num_samples=5, num_clients=3, large_bytes=1)
     with pytest.raises(PartitionError, match="no such file"):
         read_checked(large[0].with_name("none.pkl"), large[1], 6, 3)
 
@@ -95,8 +95,8 @@ def test_a_copy_is_checked_like_the_pickle(large):
 def test_a_copy_that_others_may_write_is_not_believed(large, open_part):
     """Somebody puts a valid copy of another split under the name: its checksum says nothing about the pickle."""
     file = read(large).file
-    other = partition_map.PartitionIndex(np.array([0, 2, 3, 6]), np.array([1, 2, 0, 3, 4, 5]))
-    partition_map.write_map(other, file)
+    other = PartitionIndex(np.array([0, 2, 3, 6]), np.array([1, 2, 0, 3, 4, 5]))
+    write_map(other, file)
     assert as_dict(read(large))[0] == [1, 2]  # of this user's own doing
     (file if open_part == "file" else large[1].parent / open_part).chmod(0o777)
     assert map_split(file) is None
@@ -107,14 +107,13 @@ def test_a_copy_that_others_may_write_is_not_believed(large, open_part):
 
 
 def test_a_pickle_swapped_while_it_is_read_leaves_no_wrong_copy(large, monkeypatch):
-    parse = partition_map.parse_dict
+    parse = job_split.parse_dict
 
     def swapping(data, name):
         save_dict({**SPLIT, 0: np.array([2, 4])}, large[0])
         return parse(data, name)
 
-    monkeypatch.setattr(partition_map, "parse_dict", swapping)
+    monkeypatch.setattr(job_split, "parse_dict", swapping)
     assert as_dict(read(large))[0] == [4, 2]
     monkeypatch.undo()
-    monkeypatch.setattr(partition_map, "LARGE_BYTES", 1)
     assert as_dict(read(large))[0] == [2, 4]

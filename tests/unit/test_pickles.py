@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import fedmpi
-from fedmpi.data.partition_file import load_dict, save_dict
 from fedmpi.data.pickle_scan import flat_pickle
 from fedmpi.data.pickles import RefusedError, load_plain
+from fedmpi.data.split_file import load_dict, save_dict
 from fedmpi.errors import PartitionError
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
@@ -157,7 +157,7 @@ CHILD = """
 import pickle, random, resource, sys
 import numpy as np
 from fedmpi.errors import PartitionError
-from fedmpi.data.partition_file import load_dict
+from fedmpi.data.split_file import load_dict
 from tests.unit.test_fuzz import mutated
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)

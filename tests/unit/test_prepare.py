@@ -10,10 +10,11 @@ import pytest
 
 import fedmpi
 from fedmpi.config import RunConfig
-from fedmpi.data import partition_file, prepare
+from fedmpi.data import job_split, prepare
 from fedmpi.data.datasets import load_dataset
-from fedmpi.data.partition import random_slicing
-from fedmpi.data.partition_file import load_dict, resolve_partition, save_dict
+from fedmpi.data.job_split import resolve_partition
+from fedmpi.data.partitioners import random_slicing
+from fedmpi.data.split_file import load_dict, save_dict
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
 ARGS = ["--dataset", "synthetic", "--num-clients", "7"]
@@ -89,7 +90,7 @@ def test_mistakes_are_one_line(args: list[str], message: str, capsys: pytest.Cap
 def test_a_data_folder_that_cannot_be_written(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(partition_file, "writable", lambda folder: False)
+    monkeypatch.setattr(job_split, "writable", lambda folder: False)
     assert prepare.main(ARGS) == 2
     folder = data_dir / "synthetic" / "partitions"
     assert capsys.readouterr().err == f"error: {folder} cannot be written: give a folder with --out\n"
@@ -99,7 +100,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "obtain", interrupted)
+    monkeypatch.setattr(prepare, "install", interrupted)
     assert prepare.main(ARGS) == 130
     assert capsys.readouterr().err == "interrupted: what was complete is kept, run it again to go on\n"
 

@@ -22,7 +22,7 @@ from torch import nn
 from fedmpi.config import RunConfig
 from fedmpi.core.record import RoundRecord
 from fedmpi.data.datasets import Dataset, Split
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError
 from fedmpi.fedavg import FedAvg
 from fedmpi.lifecycle.checkpoint import snapshot, write_state

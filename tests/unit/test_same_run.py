@@ -17,8 +17,8 @@ from torch import nn
 
 from fedmpi.config import RunConfig
 from fedmpi.data.datasets import DATASETS, load_dataset
-from fedmpi.data.partition_index import PartitionIndex
-from fedmpi.data.partition_pickle import Manifest, write_partition
+from fedmpi.data.split import PartitionIndex
+from fedmpi.data.split_file import Manifest, write_partition
 from fedmpi.errors import ConfigError
 from fedmpi.fedavg import FedAvg
 from fedmpi.options import option, parse

@@ -1,6 +1,6 @@
 """Where files come from: each source, verification, damage, read-only folders, many processes, killed processes.
 
-The data sets here are tiny stand-ins in the real formats; tests/e2e/test_obtain.py fetches the real one.
+The data sets here are tiny ones in the real formats; tests/e2e/test_obtain.py fetches the real one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ import numpy as np
 import pytest
 
 import fedmpi
-from fedmpi.data import cifar, fetch, sources, verify
-from fedmpi.data.cifar import write_idx
+from fedmpi.data import download
+from fedmpi.data import install as installation
 from fedmpi.data.datasets import load_idx, read_idx
-from fedmpi.data.fetch import SourceError, run_child
-from fedmpi.data.raw_sets import RAW_SETS, RawSet
-from fedmpi.data.sources import default_data_dir, obtain
+from fedmpi.data.download import SourceError, run_child
+from fedmpi.data.install import data_root, install
+from fedmpi.data.raw_sets import (
+    CIFAR_ARCHIVE,
+    CIFAR_BATCHES,
+    CIFAR_FOLDER,
+    RAW_SETS,
+    RawSet,
+    decode_cifar,
+    write_idx,
+)
 from fedmpi.errors import DataError, FilesystemError
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
@@ -38,11 +46,11 @@ JOB = """
 import logging, sys
 from pathlib import Path
 from fedmpi.data.raw_sets import RAW_SETS, RawSet
-from fedmpi.data.sources import obtain
+from fedmpi.data.install import install
 logging.basicConfig(level="INFO", format="%(message)s")
 names, sums = sys.argv[2].split(), sys.argv[3].split()
 RAW_SETS["tiny"] = RawSet(files=dict(zip(names, sums)), npm="tiny@1", npm_folder="package/data")
-print(obtain("tiny", sys.argv[1]))
+print(install("tiny", sys.argv[1]))
 """
 
 
@@ -122,7 +130,7 @@ def fake_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch, datasets: st
 @pytest.mark.parametrize("layout", ["data/tiny", "data", "data/TINY/raw", "system"])
 def test_files_the_user_or_the_system_has(tmp_path: Path, truth: dict[str, bytes], layout: str, packed: bool) -> None:
     put(tmp_path / layout, truth, packed)
-    folder = obtain("tiny", tmp_path / "data")
+    folder = install("tiny", tmp_path / "data")
     assert holds(folder, truth)
     in_place = not packed and layout != "system"
     assert folder == (tmp_path / layout if in_place else tmp_path / "data" / "tiny")
@@ -137,19 +145,19 @@ def test_the_second_time_nothing_is_read(
     tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path / "data" / "tiny", truth)
-    first = obtain("tiny", tmp_path / "data")
-    monkeypatch.setattr(verify, "sha256_of", lambda path: pytest.fail("hashed again"))
-    monkeypatch.setattr(sources, "FileLock", lambda *args, **options: pytest.fail("locked"))
-    assert obtain("tiny", tmp_path / "data") == first
+    first = install("tiny", tmp_path / "data")
+    monkeypatch.setattr(installation, "sha256_of", lambda *args: pytest.fail("hashed again"))
+    monkeypatch.setattr(installation, "FileLock", lambda *args, **options: pytest.fail("locked"))
+    assert install("tiny", tmp_path / "data") == first
 
 
 def test_a_lock_left_behind_is_removed(tmp_path: Path, truth: dict[str, bytes]) -> None:
     home = tmp_path / "data" / "tiny"
     put(home, truth)
-    obtain("tiny", tmp_path / "data")
+    install("tiny", tmp_path / "data")
     (home / ".lock").touch()
     os.utime(home / ".lock", (0, 0))
-    obtain("tiny", tmp_path / "data")
+    install("tiny", tmp_path / "data")
     assert names(home) == sorted([*NAMES, "verified.json"])
 
 
@@ -158,14 +166,14 @@ def test_a_damaged_file_is_fetched_again(
     tmp_path: Path, truth: dict[str, bytes], damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path / "system", truth, packed=True)
-    home = obtain("tiny", tmp_path / "data")
+    home = install("tiny", tmp_path / "data")
     victim = home / NAMES[0]
     other = tiny_files(tmp_path / "other", seed=1)[NAMES[0]]
     content = {"cut": truth[NAMES[0]][:-7], "emptied": b"", "swapped": other, "touched": truth[NAMES[0]]}
     victim.unlink()
     if damage != "removed":
         victim.write_bytes(content[damage])
-    assert obtain("tiny", tmp_path / "data") == home
+    assert install("tiny", tmp_path / "data") == home
     assert holds(home, truth)
     lines = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(lines) == (0 if damage in ("removed", "touched") else 1)
@@ -180,13 +188,13 @@ def test_damage_without_a_source_names_file_and_sums(tmp_path: Path, truth: dict
     put(home, {**truth, NAMES[1]: b"wrong"})
     found, wanted = hashlib.sha256(b"wrong").hexdigest(), hashlib.sha256(truth[NAMES[1]]).hexdigest()
     with pytest.raises(DataError, match=f"{NAMES[1]} has SHA-256 {found}, wanted {wanted}"):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
 
 
 def test_a_source_with_wrong_files_is_not_believed(tmp_path: Path, truth: dict[str, bytes]) -> None:
     put(tmp_path / "system", tiny_files(tmp_path / "other", seed=1))
     with pytest.raises(DataError, match=f"{tmp_path / 'system'}: {NAMES[0]} has SHA-256 "):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
     assert names(tmp_path / "data" / "tiny") == []
 
 
@@ -195,13 +203,13 @@ def test_a_damaged_gz_is_passed_over(tmp_path: Path, truth: dict[str, bytes]) ->
     cut = tmp_path / "data" / f"{NAMES[0]}.gz"
     cut.write_bytes(cut.read_bytes()[:-9])
     put(tmp_path / "system", truth)
-    assert holds(obtain("tiny", tmp_path / "data"), truth)
+    assert holds(install("tiny", tmp_path / "data"), truth)
 
 
 def test_sources_complete_each_other(tmp_path: Path, truth: dict[str, bytes]) -> None:
     put(tmp_path / "data", {name: truth[name] for name in NAMES[:2]}, packed=True)
     put(tmp_path / "system", {name: truth[name] for name in NAMES[1:]})
-    assert holds(obtain("tiny", tmp_path / "data"), truth)
+    assert holds(install("tiny", tmp_path / "data"), truth)
 
 
 def test_nothing_serves(tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +221,7 @@ def test_nothing_serves(tmp_path: Path, truth: dict[str, bytes], monkeypatch: py
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(DataError) as caught:
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
     text = str(caught.value)
     assert "\n" not in text
     for part in (
@@ -240,7 +248,7 @@ def test_torchvision_downloads_in_a_child(
         "    assert not list(pathlib.Path.cwd().glob('*.py'))\n"
         f"    shutil.copytree({str(tmp_path / 'truth')!r}, pathlib.Path(root) / 'TINY' / 'raw')\n",
     )
-    assert holds(obtain("tiny", tmp_path / "data"), truth)
+    assert holds(install("tiny", tmp_path / "data"), truth)
     assert capfd.readouterr() == ("", "")
 
 
@@ -298,7 +306,7 @@ def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_no_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SourceError, match="npm is not on the PATH"):
-        fetch.npm_pack("tiny@1", [], tmp_path)
+        download.npm_pack("tiny@1", [], tmp_path)
 
 
 @pytest.fixture
@@ -332,9 +340,9 @@ def test_a_complete_read_only_folder(
 ) -> None:
     put(tmp_path / "data" / "tiny", truth)
     if recorded:
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
     request.getfixturevalue("read_only")
-    assert obtain("tiny", tmp_path / "data") == tmp_path / "data" / "tiny"
+    assert install("tiny", tmp_path / "data") == tmp_path / "data" / "tiny"
     assert len(load_idx("tiny", 3, tmp_path / "data").train) == 5
 
 
@@ -345,7 +353,7 @@ def test_an_incomplete_read_only_folder(
     put(home, {name: truth[name] for name in NAMES[:3]})
     request.getfixturevalue("read_only")
     with pytest.raises(DataError, match=f"{home} is read-only and {NAMES[3]} is missing: .*--data-dir"):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, truth: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +364,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, truth: dict[str, bytes], monkey
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FilesystemError, match=r"cannot be written: No space left on device$"):
-        obtain("tiny", tmp_path / "data")
+        install("tiny", tmp_path / "data")
     assert names(tmp_path / "data" / "tiny") == []
 
 
@@ -364,15 +372,15 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/u")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("FEDMPI_DATA", raising=False)
-    assert default_data_dir() == Path("/home/u/.cache/fedmpi")
+    assert data_root(None) == Path("/home/u/.cache/fedmpi")
     monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/u")
-    assert default_data_dir() == Path("/scratch/u/fedmpi")
+    assert data_root(None) == Path("/scratch/u/fedmpi")
     monkeypatch.setenv("FEDMPI_DATA", "~/data")
-    assert default_data_dir() == Path("/home/u/data")
+    assert data_root(None) == Path("/home/u/data")
 
 
 def test_data_sets_without_files_are_always_there(tmp_path: Path) -> None:
-    obtain("synthetic", tmp_path / "data")
+    install("synthetic", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -398,21 +406,21 @@ def test_cifar_of_the_official_format(tmp_path: Path, shape: str, monkeypatch: p
     sums = {name: hashlib.md5(data, usedforsecurity=False).hexdigest() for name, data in batches.items()}
     raw = RAW_SETS["cifar10"]
     monkeypatch.setitem(
-        RAW_SETS, "small", RawSet(files=raw.files, layouts=(".",), decode=partial(cifar.decode, batches=sums))
+        RAW_SETS, "small", RawSet(files=raw.files, layouts=(".",), decode=partial(decode_cifar, batches=sums))
     )
     data = tmp_path / "data"
     data.mkdir()
     if shape == "archive":
-        with tarfile.open(data / cifar.ARCHIVE, "w:gz") as tar:
+        with tarfile.open(data / CIFAR_ARCHIVE, "w:gz") as tar:
             for name, content in batches.items():
-                member = tarfile.TarInfo(f"{cifar.FOLDER}/{name}")
+                member = tarfile.TarInfo(f"{CIFAR_FOLDER}/{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     else:
-        (data / cifar.FOLDER).mkdir()
+        (data / CIFAR_FOLDER).mkdir()
         for name, content in batches.items():
-            (data / cifar.FOLDER / name).write_bytes(content)
-    obtain("small", data)
+            (data / CIFAR_FOLDER / name).write_bytes(content)
+    install("small", data)
     arrays = load_idx("small", 4, data)
     assert arrays.train.x.shape == (8, 3, 32, 32)
     assert np.array_equal(arrays.train.x.reshape(2, 4, 3072), pixels[:2])
@@ -422,24 +430,24 @@ def test_cifar_of_the_official_format(tmp_path: Path, shape: str, monkeypatch: p
 
     victim = data / "small" / "t10k-images-idx4-ubyte"  # what was decoded is verified too, and made again
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
-    obtain("small", data)
+    install("small", data)
     assert load_idx("small", 4, data).sha256 == arrays.sha256
 
 
 def test_cifar_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = RAW_SETS["cifar10"]
-    monkeypatch.setitem(RAW_SETS, "small", RawSet(files=raw.files, layouts=(".",), decode=cifar.decode))
-    (tmp_path / cifar.FOLDER).mkdir()
-    for name in cifar.BATCHES:
-        (tmp_path / cifar.FOLDER / name).write_bytes(b"x")
+    monkeypatch.setitem(RAW_SETS, "small", RawSet(files=raw.files, layouts=(".",), decode=decode_cifar))
+    (tmp_path / CIFAR_FOLDER).mkdir()
+    for name in CIFAR_BATCHES:
+        (tmp_path / CIFAR_FOLDER / name).write_bytes(b"x")
     with pytest.raises(DataError, match=r"data_batch_1 is damaged \(MD5 9dd4e461268c8034f5c8564e155c67a6, wanted c99c"):
-        obtain("small", tmp_path)
+        install("small", tmp_path)
     with pytest.raises(SourceError, match="is no CIFAR-10 batch"):
-        cifar.decode(tmp_path, tmp_path, dict.fromkeys(cifar.BATCHES, "9dd4e461268c8034f5c8564e155c67a6"))
+        decode_cifar(tmp_path, tmp_path, dict.fromkeys(CIFAR_BATCHES, "9dd4e461268c8034f5c8564e155c67a6"))
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / cifar.ARCHIVE).write_bytes(b"no archive")
+    (tmp_path / "other" / CIFAR_ARCHIVE).write_bytes(b"no archive")
     with pytest.raises(SourceError, match=r"cifar-10-python.tar.gz is damaged"):
-        cifar.decode(tmp_path / "other", tmp_path)
+        decode_cifar(tmp_path / "other", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03", b"\0\0\x0d\x01\0\0\0\1a", b"\0\0\x08\x01\0\0\0\2a"])

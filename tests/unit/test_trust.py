@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fedmpi.data import trust
 from fedmpi.data.trust import exposed
 
 
@@ -35,12 +37,17 @@ def test_a_path_with_a_part_that_others_may_write(file: Path, up: int) -> None:
         assert exposed(file) == ""
 
 
-def test_a_group_that_is_not_this_users_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("group", "members", "own"), [("u", [], True), ("u", ["u"], True), ("staff", [], False), ("u", ["v"], False)]
+)
+def test_a_group_counts_as_own_if_it_is_this_users_alone(
+    file: Path, monkeypatch: pytest.MonkeyPatch, group: str, members: list[str], own: bool
+) -> None:
     file.parent.chmod(0o775)
-    monkeypatch.setattr(trust, "_is_own_group", lambda gid: gid != file.parent.stat().st_gid)
-    assert exposed(file) == f"others may write to {file.parent}"
-    monkeypatch.setattr(trust, "_is_own_group", lambda gid: True)
-    assert exposed(file) == ""
+    gid = file.parent.stat().st_gid
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_gid=gid, pw_name="u"))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=group, gr_mem=members))
+    assert exposed(file) == ("" if own else f"others may write to {file.parent}")
 
 
 def test_a_folder_of_another_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from fedmpi.core.session import Session
 from fedmpi.core.worker import Visit
 from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, Split
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 from fedmpi.fedavg import FedAvg
 from fedmpi.job import Halves, one_step_groups, start
 from fedmpi.server import AlgorithmServer

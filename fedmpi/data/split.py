@@ -1,10 +1,17 @@
-"""A partition as two arrays, which is how a job keeps it: a million clients are two buffers, not a million objects.
+"""A split as two arrays, in memory or mapped from a file: a million clients are two buffers, not a million objects.
+
+A mapped split is a copy of one partition pickle, found by the SHA-256 of that pickle's bytes, so that it can never
+stand for another; whoever removes it loses nothing but the time it takes to read the pickle. The ranks of a node share
+one copy. It is used only where nobody else can write (see `trust`): its checksum shows damage, not who made it.
+
+Layout, int64, little endian: SHA-256 of what follows (4 words), K, offsets (K + 1), indices (N).
 
 Letters: K clients, N samples that are dealt out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -15,7 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmpi.errors import PartitionError, shown
+from fedmpi.data.trust import exposed
+from fedmpi.errors import FilesystemError, PartitionError, shown
+from fedmpi.lifecycle.files import atomic_write
+
+RENUMBER = "to renumber a split: {k: split[client] for k, client in enumerate(split)}"
+
+_DIGEST_WORDS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +37,7 @@ logger = logging.getLogger(__name__)
 class PartitionIndex:
     """Client k holds `indices[offsets[k]:offsets[k + 1]]`; `offsets` (K + 1,) and `indices` (N,) are int64.
 
-    `file`: where the arrays are mapped from (see `partition_map`); None: they are in memory.
+    `file`: where the arrays are mapped from; None: they are in memory.
     """
 
     offsets: NDArray[np.int64]
@@ -64,13 +77,9 @@ class PartitionIndex:
         num_clients = len(partition)
         if num_clients == 0:
             raise PartitionError("a split without clients")
-        wrong = next((client_id for client_id in range(num_clients) if client_id not in partition), None)
-        if wrong is not None:
-            found = shown(list(partition)[:4])
-            raise PartitionError(
-                f"{num_clients} clients must have the ids 0..{num_clients - 1}, found {found}; to renumber a split: "
-                "{k: split[client] for k, client in enumerate(split)}"
-            )
+        if not all(client_id in partition for client_id in range(num_clients)):
+            wanted, found = f"0..{num_clients - 1}", shown(list(partition)[:4])
+            raise PartitionError(f"{num_clients} clients must have the ids {wanted}, found {found}; {RENUMBER}")
         parts = [partition[client_id] for client_id in range(num_clients)]
         sizes = np.fromiter(map(len, parts), np.int64, num_clients)
         if sizes.min() == 0:
@@ -86,23 +95,10 @@ class PartitionIndex:
         return cls(np.concatenate(([0], np.cumsum(sizes))), indices.astype(np.int64, copy=False))
 
 
-def partition_sha256(partition: Mapping[int, Any]) -> str:
-    """The identity (hex) of {client_id: indices}; see `PartitionIndex.sha256`."""
-    return PartitionIndex.from_dict(partition).sha256()
-
-
 def check_partition(
     partition: Mapping[int, Any] | PartitionIndex, num_samples: int, num_clients: int, name: str = "the split"
 ) -> PartitionIndex:
-    """Refuse a split that does not fit the data, the number of clients or itself.
-
-    A split that leaves samples out is legal and gets one warning.
-
-    Args:
-        partition: the split.
-        num_samples: size of the training data.
-        num_clients: K.
-        name: what to call it in messages, e.g. its path.
+    """Refuse a split that does not fit the data, the number of clients or itself; one that leaves samples out is legal.
 
     Raises:
         PartitionError: client ids other than 0..K-1, an index out of range or held twice, no integers, an empty client.
@@ -116,10 +112,14 @@ def check_partition(
         index = PartitionIndex.from_dict(partition) if isinstance(partition, Mapping) else partition
     except PartitionError as error:
         raise PartitionError(f"{name}: {error}") from error
+
+    def owner(position: int) -> int:
+        return int(np.searchsorted(index.offsets, position, side="right")) - 1
+
     outside = np.flatnonzero((index.indices < 0) | (index.indices >= num_samples))
     if len(outside):
         raise PartitionError(
-            f"{name}: client {_holder(index, outside[0])} holds index {index.indices[outside[0]]}, "
+            f"{name}: client {owner(outside[0])} holds index {index.indices[outside[0]]}, "
             f"the data has {num_samples} samples (0..{num_samples - 1})"
         )
     counts = np.bincount(index.indices, minlength=num_samples)
@@ -127,13 +127,42 @@ def check_partition(
         twice = int(np.flatnonzero(counts > 1)[0])
         first, second = np.flatnonzero(index.indices == twice)[:2]
         raise PartitionError(
-            f"{name}: sample {twice} occurs {counts[twice]} times (clients {_holder(index, first)} and "
-            f"{_holder(index, second)}); {int((counts > 1).sum())} samples occur more than once"
+            f"{name}: sample {twice} occurs {counts[twice]} times (clients {owner(first)} and "
+            f"{owner(second)}); {int((counts > 1).sum())} samples occur more than once"
         )
     if len(index.indices) < num_samples:
         logger.warning("%s uses %d of %d samples", name, len(index.indices), num_samples)
     return index
 
 
-def _holder(index: PartitionIndex, position: int) -> int:
-    return int(np.searchsorted(index.offsets, position, side="right")) - 1
+def write_map(index: PartitionIndex, path: Path) -> PartitionIndex | None:
+    """Write a mapped split; None where the folder cannot be written, or others may write to it."""
+    if exposed(path):
+        return None
+    words = np.concatenate([[index.num_clients], index.offsets, index.indices]).astype("<i8")
+    with contextlib.suppress(OSError, FilesystemError):
+        path.parent.mkdir(0o755, parents=True, exist_ok=True)
+        atomic_write(path, hashlib.sha256(words.data).digest() + words.tobytes())
+        return map_split(path)
+    return None
+
+
+def map_split(path: Path, whole: bool = True) -> PartitionIndex | None:
+    """The split in a file that `write_map` wrote; None if there is none, it is damaged, or others may write to it.
+
+    `whole`: read it all, to compare its checksum.
+    """
+    if exposed(path):
+        return None
+    try:
+        words: NDArray[np.int64] = np.asarray(np.memmap(path, "<i8", "r"))
+    except (OSError, ValueError):  # none, unreadable, empty
+        return None
+    num_clients = int(words[_DIGEST_WORDS]) if len(words) > _DIGEST_WORDS else -1
+    start = _DIGEST_WORDS + 1
+    stop = start + num_clients + 1
+    if not start + 1 < stop <= len(words):
+        return None
+    if whole and hashlib.sha256(words[_DIGEST_WORDS:].data).digest() != words[:_DIGEST_WORDS].tobytes():
+        return None
+    return PartitionIndex(words[start:stop], words[stop:], path)

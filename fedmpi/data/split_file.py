@@ -1,11 +1,11 @@
-"""Partition files: a pickle {client_id: int64 indices}, as FedLab's, and a manifest beside it that says what it is."""
+"""Split files: a pickle {client_id: int64 indices}, as FedLab's, and a manifest beside it that says what it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,15 @@ from numpy.typing import NDArray
 
 from fedmpi.config import DataConfig
 from fedmpi.data.datasets import Dataset
-from fedmpi.data.partition import partition_parameters
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.partitioners import Partition, partition_parameters
 from fedmpi.data.pickles import IntArray, RefusedError, load_plain, paused_gc
-from fedmpi.data.reading import read_regular
-from fedmpi.data.slicing import Partition
+from fedmpi.data.split import RENUMBER, PartitionIndex
+from fedmpi.data.trust import read_whole
 from fedmpi.errors import FilesystemError, PartitionError, shown
-from fedmpi.lifecycle.files import atomic_write
+from fedmpi.lifecycle.files import atomic_write, os_errors
 
 VERSION = 1
-MAX_MANIFEST_BYTES = 2**20
-
+_MAX_MANIFEST_BYTES = 2**20
 _INT64: np.dtype[Any] = np.dtype(np.int64)
 
 
@@ -36,7 +34,11 @@ def save_dict(partition: Mapping[int, Any], path: str | Path) -> None:
         PartitionError: ids or indices that are no integers.
         FilesystemError: the folder cannot be written.
     """
-    plain = {_as_id(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
+    for client_id in partition:
+        if isinstance(client_id, bool) or not isinstance(client_id, int | np.integer):
+            found = f"{shown(client_id, 40)} ({type(client_id).__name__})"
+            raise PartitionError(f"client ids must be integers, got {found}")
+    plain = {int(client_id): _as_int64(client_id, indices) for client_id, indices in partition.items()}
     atomic_write(Path(path), lambda file: pickle.dump(plain, file, protocol=4))
 
 
@@ -50,27 +52,17 @@ def load_dict(path: str | Path) -> Partition:
 
 
 def read_pickle(path: str | Path) -> bytes:
-    """The bytes of a partition file.
-
-    Raises:
-        PartitionError: it cannot be read.
-    """
-    try:
-        return read_regular(path)
-    except FileNotFoundError as error:
-        raise PartitionError(f"{path}: no such file; python -m fedmpi.data.prepare makes splits") from error
-    except OSError as error:
-        raise PartitionError(f"{path} cannot be read: {error.strerror}") from error
+    """The bytes of a split file; errors as in `load_dict`."""
+    with os_errors(PartitionError, f"{path} cannot be read"):
+        try:
+            return read_whole(path)
+        except FileNotFoundError as error:
+            raise PartitionError(f"{path}: no such file; python -m fedmpi.data.prepare makes splits") from error
 
 
 @paused_gc()
 def parse_dict(data: bytes, name: str | Path) -> Partition:
-    """The split in the bytes of a pickle; see `load_dict`.
-
-    Args:
-        data: the bytes.
-        name: what to call them in messages.
-    """
+    """The split in these bytes, called `name` in messages; errors as in `load_dict`."""
     try:
         value = load_plain(data)
     except RefusedError as error:
@@ -83,59 +75,41 @@ def parse_dict(data: bytes, name: str | Path) -> Partition:
         raise PartitionError(f"{name}: {error}") from error
 
 
-def _as_id(client_id: Any) -> int:
-    if isinstance(client_id, bool) or not isinstance(client_id, int | np.integer):
-        raise PartitionError(f"client ids must be integers, got {shown(client_id, 40)} ({type(client_id).__name__})")
-    return int(client_id)
-
-
 def _flat_copies(value: dict[Any, Any], num_bytes: int) -> Partition:
     """The arrays, writable, as views of one buffer."""
     if not {type(client_id) for client_id in value} <= {int}:
         wrong = next(client_id for client_id in value if type(client_id) is not int)
-        raise PartitionError(
-            f"client ids must be the integers 0..{len(value) - 1}, found {shown(wrong, 40)} ({type(wrong).__name__}); "
-            "to renumber a split: {k: split[client] for k, client in enumerate(split)}"
-        )
-    parts = list(value.values())
-    contents: list[bytes | bytearray] = []
-    if {type(indices) for indices in parts} == {IntArray} and {_kind(indices) for indices in parts} == {(_INT64, 1)}:
-        contents = [indices.content for indices in parts]  # nearly every file: a million clients take a second less
-        sizes = np.fromiter(map(len, contents), np.int64, len(contents)) // _INT64.itemsize
-    else:
-        sizes = np.array([_size(client_id, indices) for client_id, indices in value.items()], np.int64)
-    ends = np.cumsum(sizes).tolist()
+        found = f"{shown(wrong, 40)} ({type(wrong).__name__})"
+        raise PartitionError(f"client ids must be the integers 0..{len(value) - 1}, found {found}; {RENUMBER}")
+    ends = np.cumsum(np.fromiter((_size(*item) for item in value.items()), np.int64, len(value))).tolist()
     if ends and ends[-1] > num_bytes:  # one array under many ids: a small file that would fill the memory
         raise PartitionError("it holds more indices than bytes: some are shared between clients")
-    if contents:
-        flat = np.frombuffer(bytearray().join(contents), np.int64)
+    if {indices.dtype if type(indices) is IntArray else None for indices in value.values()} == {_INT64}:
+        joined = bytearray().join(indices.content for indices in value.values())  # a million of them take a second less
+        flat = np.frombuffer(joined, np.int64)
     else:
         flat = np.concatenate([np.empty(0, np.int64), *(_as_int64(*item) for item in value.items())])
     return {client_id: flat[start:end] for client_id, start, end in zip(value, [0, *ends], ends, strict=False)}
 
 
-def _kind(indices: IntArray) -> tuple[Any, int]:
-    return str if type(indices.content) is str else indices.dtype, len(indices.shape)
-
-
 def _size(client_id: int, indices: Any) -> int:
-    if type(indices) is IntArray:
-        if len(indices.shape) == 1:
-            return indices.shape[0]
-        raise PartitionError(f"client {client_id}: indices must be a flat array, got one of shape {indices.shape}")
+    if type(indices) is IntArray and len(indices.shape) == 1:
+        return indices.shape[0]
     if type(indices) in (list, tuple):
         return len(indices)
-    raise PartitionError(f"client {client_id}: indices must be a list or an array, got {type(indices).__name__}")
+    kind = f"array of shape {indices.shape}" if type(indices) is IntArray else type(indices).__name__
+    raise PartitionError(f"client {client_id}: indices must be a list or a flat array of integers, got {kind}")
 
 
 def _as_int64(client_id: object, indices: Any) -> NDArray[np.int64]:
     client = f"client {shown(client_id)}"
+    indices = indices.array if type(indices) is IntArray else indices
     try:
-        if type(indices) is IntArray:
-            indices = indices.array
         if isinstance(indices, list | tuple):
-            if not {type(i) for i in indices} <= {int}:
-                _refuse_other_than_integers(client, indices)
+            for index in indices:
+                if type(index) is not int and (isinstance(index, bool) or not isinstance(index, int | np.integer)):
+                    found = f"{shown(index, 40)} ({type(index).__name__})"
+                    raise PartitionError(f"{client}: indices must be integers, got {found}")
             return np.array(indices, np.int64)
         if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" and indices.ndim == 1:
             if indices.dtype.kind == "u" and indices.size and int(indices.max()) > np.iinfo(np.int64).max:
@@ -143,21 +117,13 @@ def _as_int64(client_id: object, indices: Any) -> NDArray[np.int64]:
             return np.ascontiguousarray(indices, np.int64)
     except OverflowError as error:
         raise PartitionError(f"{client} holds an index too large for int64") from error
-    except ValueError as error:
-        raise PartitionError(f"{client}: its bytes are no array ({shown(str(error))})") from error
     what = f"{indices.dtype} of shape {indices.shape}" if isinstance(indices, np.ndarray) else type(indices).__name__
     raise PartitionError(f"{client}: indices must be a list or a flat array of integers, got {what}")
 
 
-def _refuse_other_than_integers(client: str, indices: Iterable[Any]) -> None:
-    for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int | np.integer):
-            raise PartitionError(f"{client}: indices must be integers, got {shown(index, 40)} ({type(index).__name__})")
-
-
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a partition file is: of which data, how made, and the identity of the split."""
+    """Of which data a split file is, how it was made, and the identity of the split."""
 
     version: int
     dataset: str
@@ -179,19 +145,19 @@ class Manifest:
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of the partition file `path` lies."""
+    """The place of the manifest of the split file `path`."""
     return path.with_name(path.name + ".manifest.json")
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of the partition file `path`; None: it has none.
+    """The manifest of the split file `path`; None: it has none.
 
     Raises:
         PartitionError: damaged, or of a version this program does not know.
     """
     file = manifest_path(path)
     try:
-        fields = json.loads(read_regular(file, MAX_MANIFEST_BYTES))
+        fields = json.loads(read_whole(file, _MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -200,26 +166,24 @@ def read_manifest(path: Path) -> Manifest | None:
         raise PartitionError(f"{file} is no manifest: it holds no version")
     if type(fields["version"]) is not int or fields["version"] != VERSION:
         raise PartitionError(f"{file} has version {shown(fields['version'])}, this program knows version {VERSION}")
-    for field in dataclasses.fields(Manifest):
-        kind = {"int": int, "str": str}.get(str(field.type), dict)
-        if field.name not in fields or type(fields[field.name]) is not kind:
-            found = shown(fields.get(field.name, "nothing"))
-            raise PartitionError(f"{file} is no manifest: {field.name} must be of type {kind.__name__}, found {found}")
-    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(Manifest)})
+    kinds = {field.name: {"int": int, "str": str}.get(str(field.type), dict) for field in dataclasses.fields(Manifest)}
+    for name, kind in kinds.items():
+        if type(fields.get(name)) is not kind:
+            found = shown(fields.get(name, "nothing"))
+            raise PartitionError(f"{file} is no manifest: {name} must be of type {kind.__name__}, found {found}")
+    unknown = sorted(set(fields) - set(kinds))
     if unknown:
         raise PartitionError(f"{file} is no manifest: unknown fields {shown(unknown)}")
     return Manifest(**fields)
 
 
 def write_partition(path: Path, index: PartitionIndex, manifest: Manifest) -> None:
-    """The pickle, then its manifest: a manifest stands for a pickle that is complete.
+    """Write the pickle, then its manifest: a manifest stands for a pickle that is complete.
 
     Raises:
         FilesystemError: the folder cannot be written.
     """
-    try:
+    with os_errors(FilesystemError, f"{manifest_path(path)} cannot be replaced"):
         manifest_path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise FilesystemError(f"{manifest_path(path)} cannot be replaced: {error.strerror}") from error
     save_dict({client_id: index[client_id] for client_id in range(index.num_clients)}, path)
     atomic_write(manifest_path(path), (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode())

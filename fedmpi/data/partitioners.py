@@ -1,21 +1,26 @@
-"""Partitioners: which client holds which training sample.
+"""Partitioners: which client holds which training sample; the splits `--partition` offers, and their parameters.
 
 Each one returns every index exactly once, leaves no client empty, depends on its arguments alone, and ends: what cannot
-be done is refused before any work.
+be done is refused before any work. A `dataset` is anything with a length, or with labels where these matter: see
+`labels_of`. `rng` is a seed or a generator.
 
 Letters: N samples, K clients, S shards.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmpi.config import DataConfig
 from fedmpi.data.labels import count_of, labels_of
-from fedmpi.errors import PartitionError
+from fedmpi.errors import ConfigError, PartitionError
+from fedmpi.options import flag_of
 
 Indices: TypeAlias = NDArray[np.int64]
 Partition: TypeAlias = dict[int, Indices]
@@ -23,12 +28,7 @@ Partition: TypeAlias = dict[int, Indices]
 
 
 def random_slicing(dataset: Any, num_clients: int, rng: int | np.random.Generator = 0) -> Partition:
-    """Deal the samples out at random; sizes differ by at most 1.
-
-    Args:
-        dataset: anything with a length; for what has labels, see `labels_of`.
-        num_clients: K.
-        rng: a seed or a generator.
+    """Deal the samples out at random to K clients; sizes differ by at most 1.
 
     Raises:
         PartitionError: fewer samples than clients.
@@ -46,14 +46,8 @@ def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | n
 
     Source: McMahan et al. 2017, arXiv:1602.05629, section 3 (200 shards, 2 for each of 100 clients).
 
-    Args:
-        dataset: labels (N,), or a data set that stores them; see `labels_of`.
-        num_clients: K.
-        num_shards: S, a multiple of K, at most N.
-        rng: a seed or a generator.
-
     Raises:
-        PartitionError: S does not fit K or N.
+        PartitionError: S is no multiple of K, or more than N.
     """
     labels = labels_of(dataset)
     num_samples = len(labels)
@@ -64,10 +58,10 @@ def noniid_slicing(dataset: Any, num_clients: int, num_shards: int, rng: int | n
         raise PartitionError(f"{num_samples} samples cannot be cut into {num_shards} shards (--num-shards)")
     order = np.argsort(labels, kind="stable")
     edges = np.arange(num_shards + 1, dtype=np.int64) * num_samples // num_shards
-    dealt = np.random.default_rng(rng).permutation(num_shards)  # client k gets dealt[k * S/K : (k + 1) * S/K]
-    sizes = np.diff(edges)[dealt]
+    shards = np.random.default_rng(rng).permutation(num_shards)  # client k gets shards[k * S/K : (k + 1) * S/K]
+    sizes = np.diff(edges)[shards]
     ends = np.cumsum(sizes)
-    places = np.arange(num_samples) + np.repeat(edges[dealt] - (ends - sizes), sizes)
+    places = np.arange(num_samples) + np.repeat(edges[shards] - (ends - sizes), sizes)
     return _cut(order[places], np.concatenate(([0], ends[num_shards // num_clients - 1 :: num_shards // num_clients])))
 
 
@@ -83,7 +77,7 @@ def dirichlet_slicing(
     arXiv:2102.02079.
 
     Args:
-        dataset: labels (N,), or a data set that stores them; see `labels_of`.
+        dataset: labels, or a data set that stores them.
         num_clients: K.
         alpha: concentration, in (0, inf): 0.1 gives a client one or two classes, 100 nearly all alike.
         min_samples: fewest samples of a client, at least 1 and at most N / K.
@@ -98,17 +92,17 @@ def dirichlet_slicing(
         raise PartitionError(f"--alpha must be in (0, inf), got {alpha}")
     rng = np.random.default_rng(rng)
     owner = np.empty(len(labels), np.int64)  # (N,) client of each sample
-    held = np.zeros(num_clients, np.int64)
+    sizes = np.zeros(num_clients, np.int64)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1])
     for members in by_class:
-        open_clients = np.flatnonzero(held * num_clients < len(labels))
+        open_clients = np.flatnonzero(sizes * num_clients < len(labels))
         edges = np.floor(np.cumsum(_proportions(len(open_clients), alpha, rng)) * len(members)).astype(np.int64)
         edges[-1] = len(members)
         counts = np.diff(np.minimum(edges, len(members)), prepend=0)
         owner[rng.permutation(members)] = np.repeat(open_clients, counts)
-        held[open_clients] += counts
-    _fill_up(owner, held, labels, min_samples, rng)
-    return _cut(np.argsort(owner, kind="stable"), np.concatenate(([0], np.cumsum(held))))
+        sizes[open_clients] += counts
+    _fill_up(owner, sizes, labels, min_samples, rng)
+    return _cut(np.argsort(owner, kind="stable"), np.concatenate(([0], np.cumsum(sizes))))
 
 
 def _check_count(num_samples: int, num_clients: int, min_samples: int = 1) -> None:
@@ -116,16 +110,12 @@ def _check_count(num_samples: int, num_clients: int, min_samples: int = 1) -> No
         raise PartitionError(f"--num-clients must be in [1, inf), got {num_clients}")
     if min_samples < 1:
         raise PartitionError(f"--min-samples must be in [1, inf), got {min_samples}")
+    refused = f"{num_samples} samples cannot give {num_clients} clients"
+    if num_clients > num_samples:
+        raise PartitionError(f"{refused} one each: --num-clients must be in [1, {num_samples}]")
     if num_clients * min_samples > num_samples:
-        if num_clients > num_samples:
-            raise PartitionError(
-                f"{num_samples} samples cannot give {num_clients} clients one each: "
-                f"--num-clients must be in [1, {num_samples}]"
-            )
-        raise PartitionError(
-            f"{num_samples} samples cannot give {num_clients} clients {min_samples} each: "
-            f"--min-samples must be in [1, {num_samples // num_clients}]"
-        )
+        most = num_samples // num_clients
+        raise PartitionError(f"{refused} {min_samples} each: --min-samples must be in [1, {most}]")
 
 
 def _proportions(count: int, alpha: float, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -139,30 +129,83 @@ def _proportions(count: int, alpha: float, rng: np.random.Generator) -> NDArray[
     return np.asarray(shares / shares.sum(), np.float64)
 
 
-def _fill_up(owner: Indices, held: Indices, labels: NDArray[Any], min_samples: int, rng: np.random.Generator) -> None:
+def _fill_up(owner: Indices, sizes: Indices, labels: NDArray[Any], min_samples: int, rng: np.random.Generator) -> None:
     """Move samples, in place, from the largest clients, cut down to one level, to those below `min_samples`."""
-    wanted = np.maximum(min_samples - held, 0)
+    wanted = np.maximum(min_samples - sizes, 0)
     total = int(wanted.sum())
     if total == 0:
         return
-    low, high = min_samples, int(held.max())  # the lowest level that still frees `total`: found by halving
+    low, high = min_samples, int(sizes.max())  # the lowest level that still frees `total`: found by halving
     while low < high:
         level = (low + high + 1) // 2
-        low, high = (level, high) if np.maximum(held - level, 0).sum() >= total else (low, level - 1)
-    freed = np.maximum(held - low, 0)
+        low, high = (level, high) if np.maximum(sizes - level, 0).sum() >= total else (low, level - 1)
+    freed = np.maximum(sizes - low, 0)
     excess = int(freed.sum()) - total
     freed[np.flatnonzero(freed)[:excess]] -= 1  # halving leaves fewer too many than there are donors
     shuffled = rng.permutation(len(owner))
     by_owner = shuffled[np.argsort(owner[shuffled], kind="stable")]  # each client's samples in random order
-    rank = np.arange(len(owner)) - np.repeat(np.cumsum(held) - held, held)
-    moved = by_owner[rank < np.repeat(freed, held)]
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    moved = by_owner[rank < np.repeat(freed, sizes)]
     moved = moved[np.argsort(labels[moved], kind="stable")]  # neighbours share a class: the filled stay skewed too
-    needy = rng.permutation(np.flatnonzero(wanted))
-    owner[moved] = np.repeat(needy, wanted[needy])
-    held += wanted - freed
+    receivers = rng.permutation(np.flatnonzero(wanted))
+    owner[moved] = np.repeat(receivers, wanted[receivers])
+    sizes += wanted - freed
 
 
 def _cut(order: Indices, edges: Indices) -> Partition:
     order = np.ascontiguousarray(order, np.int64)
     ends = edges.tolist()
     return {client_id: order[ends[client_id] : ends[client_id + 1]] for client_id in range(len(ends) - 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """An entry of `PARTITIONERS`, and the options it takes: name -> default, as a function of the number of clients."""
+
+    split: Callable[..., Partition]
+    parameters: dict[str, Callable[[int], float]] = dataclasses.field(default_factory=dict)
+
+
+PARTITIONERS: dict[str, Partitioner] = {
+    "iid": Partitioner(random_slicing),
+    "shards": Partitioner(noniid_slicing, {"num_shards": lambda num_clients: 2 * num_clients}),
+    "dirichlet": Partitioner(dirichlet_slicing, {"alpha": lambda _: 0.5, "min_samples": lambda _: 1}),
+}
+"""Adding a partitioner: one function, one entry, and an option in `DataConfig` for each parameter."""
+
+
+def check_partition_options(config: DataConfig) -> None:
+    """Refuse options the chosen partitioner does not have, before any data are touched.
+
+    Raises:
+        ConfigError: names the option and the partitioner that has it.
+    """
+    for owner, partitioner in PARTITIONERS.items():
+        for name in partitioner.parameters:
+            if getattr(config, name) is not None and name not in PARTITIONERS[config.partition].parameters:
+                found = f"but the split is --partition {config.partition}"
+                raise ConfigError(f"{flag_of(name)} belongs to --partition {owner}, {found}")
+    shards, num_clients = config.num_shards, config.num_clients
+    if config.partition == "shards" and shards is not None and shards % num_clients:
+        raise ConfigError(f"--num-shards must be a multiple of {num_clients} (--num-clients), got {shards}")
+
+
+def partition_parameters(config: DataConfig) -> dict[str, float]:
+    """Arguments of the partitioner of `config` besides labels, clients and seed; defaults filled in."""
+    parameters = {}
+    for name, default in PARTITIONERS[config.partition].parameters.items():
+        given = getattr(config, name)
+        parameters[name] = default(config.num_clients) if given is None else given
+    return parameters
+
+
+def make_partition(config: DataConfig, labels: NDArray[Any]) -> Partition:
+    """The split that `config` asks for, over samples with these labels (N,).
+
+    Raises:
+        ConfigError: an option the partitioner does not have.
+        PartitionError: the split cannot exist.
+    """
+    check_partition_options(config)
+    split = PARTITIONERS[config.partition].split
+    return split(labels, config.num_clients, **partition_parameters(config), rng=config.partition_seed)
