@@ -19,7 +19,6 @@ class RoundTimings:
         self._comm = comm
         self._laps: dict[str, float] = {}
         self._busy: dict[int, float] = {}
-        self._bytes = 0
         self._elapsed_s = 0.0
         self.restart()
 
@@ -31,6 +30,7 @@ class RoundTimings:
         """The first round of this job begins now."""
         self._last = self._begun = time.perf_counter()
         self._run_begun = self._begun - self._elapsed_s
+        self._bytes = self._comm.bytes_sent
 
     @property
     def elapsed_s(self) -> float:
