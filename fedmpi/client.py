@@ -26,7 +26,7 @@ from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_s
 from fedmpi.core.worker import Visit
 from fedmpi.data.client_data import ClientData
 from fedmpi.engines.choose import choose_engine
-from fedmpi.engines.gradients import gradient, loss
+from fedmpi.engines.gradients import loss, loss_and_gradient
 from fedmpi.engines.proof import why_not
 from fedmpi.engines.rehearsal import rehearse
 from fedmpi.engines.steps import Steps, batch_slices
@@ -63,7 +63,8 @@ class Client:
         self.sent = Segments(sent, visitor.layout)
         self.reported: dict[str, float] = {}
         self.deferred = False
-        self._loss = math.nan
+        self._losses: list[float] = []  # of the steps of the first `sgd`
+        self._step_losses: list[Tensor] = []  # of gradients at `back.w`
         self._visitor, self._order, self._may_defer = visitor, order, may_defer
         self._begun, self._fresh, self._passes = False, False, 0
         self._back = Segments(visitor.back, visitor.layout)
@@ -74,13 +75,6 @@ class Client:
         self.settle()
         self._fresh = False
         return self._back
-
-    @property
-    def loss_value(self) -> float:
-        """Mean training loss of the steps of the first `sgd`; NaN when there was none."""
-        if self.deferred:
-            self.settle()
-        return self._loss
 
     def sgd(
         self,
@@ -137,20 +131,33 @@ class Client:
             for part in batch_slices(self.num_samples, min(size, self.num_samples), smallest):
                 yield Batch(inputs[part], labels[part])
 
+    @property
+    def loss_value(self) -> float:
+        """Mean training loss of its steps, else of its gradients at `back.w`; NaN when there was neither."""
+        self.settle()
+        losses = self._losses or [float(value) for value in self._step_losses]
+        return math.fsum(losses) / len(losses) if losses else math.nan
+
     def gradient(self, batch: Batch, at: Tensor | None = None) -> Tensor:
-        """(T,) the gradient of the mean loss over a batch, at `back.w` or at another (T,) vector."""
-        with _Elsewhere(self.back.w, at):
+        """(T,) the gradient of the mean loss over a batch, at `back.w` or at a (T,) vector.
+
+        Only the former moves float buffers, and counts for the client's training loss.
+        """
+        with _Elsewhere(self, at):
             self._visitor.check_model(self.round_idx)
-            return gradient(self._visitor.model, batch.inputs, batch.labels)
+            value, result = loss_and_gradient(self._visitor.model, batch.inputs, batch.labels)
+        if at is None:
+            self._step_losses.append(value)
+        return result
 
     def loss(self, batch: Batch, at: Tensor | None = None) -> float:
-        """Return the mean loss over a batch, in training mode, at `back.w` or at another (T,) vector."""
-        with _Elsewhere(self.back.w, at):
+        """Return the mean loss over a batch, in training mode; see `gradient`."""
+        with _Elsewhere(self, at):
             return float(loss(self._visitor.model, batch.inputs, batch.labels))
 
     def evaluate(self, w: Tensor | None = None) -> Metrics:
         """Return accuracy and loss on this client's own samples, at `back.w` or at another (T,) vector."""
-        with _Elsewhere(self.back.w, w):
+        with _Elsewhere(self, w):
             return self._visitor.evaluate(self.id)
 
     def report(self, **numbers: float) -> None:
@@ -214,8 +221,7 @@ class Client:
         losses: list[float] = []
         for inputs, labels in self._epochs(passes):
             losses += visitor.engine.epoch(inputs, labels, size).tolist()
-        if losses and math.isnan(self._loss):
-            self._loss = math.fsum(losses) / len(losses)
+        self._losses = self._losses or losses
         return visitor.engine.steps()
 
 
@@ -229,20 +235,21 @@ def _is_same(vector: Tensor | None, w: Tensor) -> bool:
 
 
 class _Elsewhere:
-    """The trainable parameters with other values for a while."""
+    """A client's model with other trainable parameters for a while; then it is what it was, its buffers too."""
 
-    def __init__(self, w: Tensor, values: Tensor | None) -> None:
-        _check_size("at", values, w)
-        self._w, self._values = w, None if _is_same(values, w) else values
+    def __init__(self, client: Client, w: Tensor | None) -> None:
+        _check_size("at", w, client.sent.w)
+        self._back, self._model, self._w = client.back, client._visitor.model, w
 
     def __enter__(self) -> None:
-        if self._values is not None:
-            self._kept = self._w.clone()
-            self._w.copy_(self._values)
+        if self._w is not None:
+            self._kept = self._back.vector.clone(), integer_state(self._model)
+            self._back.w.copy_(self._w)
 
     def __exit__(self, *_: object) -> None:
-        if self._values is not None:
-            self._w.copy_(self._kept)
+        if self._w is not None:
+            self._back.vector.copy_(self._kept[0])
+            load_integer_state(self._model, self._kept[1])
 
 
 class ClientVisitor:

@@ -130,21 +130,24 @@ class Server:
         return self._sums(cohort, visit, weights, buckets, send, send_idx, total=True)
 
     def columns(self, cohort: ArrayLike, visit: Visitation, rule: Callable[[Tensor, Tensor], Tensor]) -> Result:
-        """Visit clients; return what a rule makes of their values, column by column, in bounded memory.
+        """Visit clients; return the update to what a rule makes of their values, column by column, in bounded memory.
 
         Args:
             cohort: (K,) distinct client ids.
             visit: a method of the algorithm.
             rule: (K, B) float32 values in ascending order of client ids, (B,) values that were sent -> (B,) values.
                 Float buffers get their weighted mean instead.
+
+        Returns:
+            The rule's values, rounded to float32, less what was sent: in float64, as of `mean`.
         """
         ids, weights, _ = self._cohort(cohort, None, None)
         arrived = self._train(ids, weights, visit, Collect.ROWS)
         flat = apply_rule(arrived.blocks, self._half.layout, self._half.flat, rule, "a rule of columns")
-        result = Result(flat, self._half.layout, self._note(arrived.updates, ids, weights[0]))
+        update = flat.to(torch.float64).sub_(self._half.flat)
+        result = Result(update, self._half.layout, self._note(arrived.updates, ids, weights[0]))
         assert arrived.sums is not None
-        if len(ids):
-            result.b.copy_(self.model.b.to(torch.float64) + arrived.sums.mean(0).b)
+        result.b.copy_(arrived.sums.mean(0).b)
         return self._decoded(result)
 
     def rows(self, cohort: ArrayLike, visit: Visitation) -> Mapping[int, Segments]:
@@ -206,8 +209,9 @@ class Server:
     ) -> Arrived:  # fmt: skip
         half = self._half
         half.check_algorithm()
+        vectors = vectors or [half.flat]
         arrived = self._coordinator.train(
-            self.round_idx, ids, rows, vectors or [half.flat], half.integer_state(),
+            self.round_idx, ids, rows, vectors, half.integer_state(),
             visit_idx=self._visit_idx(visit), collect=collect, **options,
         )  # fmt: skip
         if len(arrived.integers) and arrived.updates:
@@ -363,7 +367,8 @@ def _means(updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) ->
     inside = [update for update in updates if update.client_id in weight_of]
     means = {}
     for name in sorted({name for update in inside for name in update.reported}):
-        told = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
+        numbers = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
+        told = [(weight, value) for weight, value in numbers if weight]  # 0 x NaN would be NaN
         whole = sum(weight for weight, _ in told)
         means[name] = math.fsum(weight * value for weight, value in told) / whole if whole else math.nan
     return means

@@ -5,6 +5,7 @@ Shapes: N test samples, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,6 +96,8 @@ class Evaluator:
 
 
 def metrics_of(sums: NDArray[np.int64]) -> Metrics:
-    """The metrics of the sum, over all ranks, of what `Evaluator.evaluate` returned."""
+    """The metrics of the sum, over all ranks, of what `Evaluator.evaluate` returned; NaN of no samples."""
     num_samples, correct, loss, non_finite = (int(value) for value in sums)
+    if num_samples == 0:
+        return Metrics(math.nan, math.nan, 0)
     return Metrics(correct / num_samples, None if non_finite else loss / _LOSS_SCALE / num_samples, num_samples)

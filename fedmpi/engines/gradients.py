@@ -25,16 +25,24 @@ def loss(model: nn.Module, inputs: Tensor, labels: Tensor, criterion: Criterion 
 def gradient(
     model: nn.Module, inputs: Tensor, labels: Tensor, criterion: Criterion = functional.cross_entropy
 ) -> Tensor:
-    """Return the (T,) gradient of the model's loss on a batch; 0 for what the loss does not use.
+    """Return the (T,) gradient of the model's loss on a batch; see `loss_and_gradient`."""
+    return loss_and_gradient(model, inputs, labels, criterion)[1]
+
+
+def loss_and_gradient(
+    model: nn.Module, inputs: Tensor, labels: Tensor, criterion: Criterion = functional.cross_entropy
+) -> tuple[Tensor, Tensor]:
+    """Return the model's loss on a batch, a scalar, and its (T,) gradient, 0 for what the loss does not use.
 
     `w.add_(gradient, alpha=-lr)` on the (T,) part of the vector is a plain step of `EagerEngine`, bit by bit; sparse
     gradients (`nn.Embedding(sparse=True)`) are equal but for rounding.
     """
     params = [param for param in model.parameters() if param.requires_grad]
-    parts = gradients_of(criterion(model(inputs), labels), params)
+    value = criterion(model(inputs), labels)
+    parts = gradients_of(value, params)
     progress.beat()
     dense = [torch.zeros_like(p) if part is None else part.to_dense() for p, part in zip(params, parts, strict=True)]
-    return torch.cat([part.detach().reshape(-1) for part in dense])
+    return value.detach(), torch.cat([part.detach().reshape(-1) for part in dense])
 
 
 def gradients_of(value: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
