@@ -15,4 +15,5 @@ class Entry(NamedTuple):
 ALGORITHMS = {
     "fedavg": Entry("fedmpi.fedavg:FedAvg", "federated averaging, McMahan et al. 2017"),
     "fedprox": Entry("fedmpi.algorithms.fedprox:FedProx", "a proximal term on clients, Li et al. 2020"),
+    "fedadam": Entry("fedmpi.algorithms.fedadam:FedAdam", "Adam on the server, Reddi et al. 2021"),
 }
