@@ -16,4 +16,5 @@ ALGORITHMS = {
     "fedavg": Entry("fedmpi.fedavg:FedAvg", "federated averaging, McMahan et al. 2017"),
     "fedprox": Entry("fedmpi.algorithms.fedprox:FedProx", "a proximal term on clients, Li et al. 2020"),
     "fedadam": Entry("fedmpi.algorithms.fedadam:FedAdam", "Adam on the server, Reddi et al. 2021"),
+    "trimmed_mean": Entry("fedmpi.algorithms.trimmed_mean:TrimmedMean", "robust mean by coordinate, Yin et al. 2018"),
 }
