@@ -17,4 +17,7 @@ ALGORITHMS = {
     "fedprox": Entry("fedmpi.algorithms.fedprox:FedProx", "a proximal term on clients, Li et al. 2020"),
     "fedadam": Entry("fedmpi.algorithms.fedadam:FedAdam", "Adam on the server, Reddi et al. 2021"),
     "trimmed_mean": Entry("fedmpi.algorithms.trimmed_mean:TrimmedMean", "robust mean by coordinate, Yin et al. 2018"),
+    "power_of_choice": Entry(
+        "fedmpi.algorithms.power_of_choice:PowerOfChoice", "clients of the largest losses, Cho et al. 2020"
+    ),
 }
