@@ -20,4 +20,7 @@ ALGORITHMS = {
     "power_of_choice": Entry(
         "fedmpi.algorithms.power_of_choice:PowerOfChoice", "clients of the largest losses, Cho et al. 2020"
     ),
+    "per_fedavg": Entry(
+        "fedmpi.algorithms.per_fedavg:PerFedAvg", "a start for personal models (MAML), Fallah et al. 2020"
+    ),
 }
