@@ -23,4 +23,7 @@ ALGORITHMS = {
     "per_fedavg": Entry(
         "fedmpi.algorithms.per_fedavg:PerFedAvg", "a start for personal models (MAML), Fallah et al. 2020"
     ),
+    "mime_lite": Entry(
+        "fedmpi.algorithms.mime_lite:MimeLite", "the server's momentum on clients, Karimireddy et al. 2021"
+    ),
 }
