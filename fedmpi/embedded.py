@@ -96,7 +96,10 @@ def _run(
     prepared, mistake = None, None
     try:
         recipe = _recipe(algorithm)
-        config = parse(config_class or config_of(recipe), _file_of(options), "fedmpi.run", "", _plain(options))
+        values = {name: _plain(value) for name, value in options.items()}
+        file = values.pop("config", None)
+        words = [] if file is None else ["--config", str(file)]
+        config = parse(config_class or config_of(recipe), words, "fedmpi.run", "", values)
         set_up_logging(0, config, own=False)
         before_mpi(config)
         prepared = recipe, config, slurm_deadline(os.environ) if speaks() else None
@@ -134,7 +137,7 @@ def _train(
     signals: StopSignals | None,
     started: float,
 ) -> Run:
-    """Collective. The run, on every rank."""
+    """Collective. Train, and return the run on every rank."""
     from fedmpi.job import run_job
 
     set_up_logging(net.rank, config, own=False)
@@ -148,7 +151,7 @@ def _train(
 
 
 def _run_of(outcome: Outcome) -> Run:
-    """On the server."""
+    """Return the run, on the server."""
     if outcome.failure is not None:
         raise outcome.failure
     assert outcome.folder is not None
@@ -164,21 +167,16 @@ def _recipe(algorithm: str) -> str:
     return ALGORITHMS[algorithm].spec
 
 
-def _file_of(options: dict[str, object]) -> list[str]:
-    file = options.get("config")
-    return [] if file is None else ["--config", os.fspath(file) if isinstance(file, os.PathLike) else str(file)]
-
-
-def _plain(options: dict[str, object]) -> dict[str, object]:
-    """Paths as text, NumPy's numbers as Python's."""
-    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
-    plain.pop("config", None)
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}
+def _plain(value: object) -> object:
+    """Return a path as text, a number of NumPy's as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @contextmanager
 def _kept_torch() -> Iterator[None]:
-    """A fresh process's settings within; then the program's own, and its random generators as they were."""
+    """Give torch a fresh process's settings, then the program's own, and its random generators as they were."""
     import torch
 
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
