@@ -17,46 +17,23 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
-import socket
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
-from fedmpi.errors import FilesystemError, shown
+from fedmpi.errors import FilesystemError
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.files import os_errors, read_regular, temp_path
-from fedmpi.mpi.processes import process_stat
+from fedmpi.lifecycle.lock_holder import Holder, is_alive, machine_id, parse_holder, this_process
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
 _MISSED_BEATS = 3
 _MOST_BYTES = 4096
-_MOST_CHARACTERS = 255
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock.
-
-    Attributes:
-        machine: host, boot and pid namespace, within which `pid` can be compared.
-        started: start of the process in the kernel's ticks, so that a reused pid is not taken for it; empty: unknown.
-    """
-
-    host: str
-    pid: int
-    machine: str
-    started: str
-    since: str
-    token: str
-
-    def __str__(self) -> str:
-        return f"{shown(self.host)} pid {self.pid} since {shown(self.since)}"
 
 
 class FileLock:
@@ -86,7 +63,7 @@ class FileLock:
         give_up = time.monotonic() + self.timeout_s
         pause_s, is_logged = 0.02, False
         while True:
-            me = _me()
+            me = this_process()
             with os_errors(FilesystemError, f"lock {self.path} cannot be created"):
                 holder = self._try_acquire(self.path, me)
             if holder is None:
@@ -129,7 +106,7 @@ class FileLock:
         """
         with os_errors(FilesystemError, f"lock {self.path} cannot be read"):
             try:
-                holder = _parse(read_regular(self.path, _MOST_BYTES))
+                holder = parse_holder(read_regular(self.path, _MOST_BYTES))
             except FileNotFoundError:
                 raise FilesystemError(
                     f"{self.what} is no longer this job's: {self.path} was removed, another job may have used the"
@@ -182,9 +159,9 @@ class FileLock:
             content, stat = read_regular(path, _MOST_BYTES), path.lstat()
         except FileNotFoundError:
             return "a process that is just leaving", False
-        holder = _parse(content)
+        holder = parse_holder(content)
         if holder is not None and holder.machine == machine_id():
-            return holder, not _is_alive(holder)
+            return holder, not is_alive(holder)
         age_s = _now_of(path) - stat.st_mtime
         name = holder or f"an unknown process since {_date(stat.st_mtime)}"
         if age_s >= -STALE_S:
@@ -219,45 +196,7 @@ def _release(path: Path, token: str) -> None:
 
 def _is_held(path: Path, token: str) -> bool:
     try:
-        holder = _parse(read_regular(path, _MOST_BYTES))
+        holder = parse_holder(read_regular(path, _MOST_BYTES))
     except FileNotFoundError:
         return False
     return holder is not None and holder.token == token
-
-
-def _parse(content: bytes) -> Holder | None:
-    try:
-        holder = Holder(**json.loads(content))
-    except (TypeError, ValueError, RecursionError):
-        return None
-    texts = (holder.host, holder.machine, holder.started, holder.since, holder.token)
-    if not all(type(text) is str and len(text) <= _MOST_CHARACTERS for text in texts):
-        return None
-    return holder if type(holder.pid) is int and 0 < holder.pid < 2**31 else None
-
-
-def _me() -> Holder:
-    since, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), str(process_stat(os.getpid()).started or "")
-    return Holder(socket.gethostname(), os.getpid(), machine_id(), started, since, secrets.token_hex(8))
-
-
-def machine_id() -> str:
-    """Return host, boot and pid namespace: processes of the same machine can be compared by their ids."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not Linux: the host name alone
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(parts)
-
-
-def _is_alive(holder: Holder) -> bool:
-    try:
-        os.kill(holder.pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    stat = process_stat(holder.pid)
-    return stat.state not in ("Z", "X") and (
-        not holder.started or not stat.started or str(stat.started) == holder.started
-    )

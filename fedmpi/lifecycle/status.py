@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from fedmpi.mpi.waiting import Pending
 
 
+PATIENCE = 3.0
+"""A rank may be silent for this many times the longest silence after which it went on."""
+
+
 class Status(NamedTuple):
     """One look at a rank, from another thread.
 
@@ -52,3 +56,31 @@ def status_of(comm: Comm, policy: StopPolicy | None, ending_s: float) -> Status:
         return status
     writes_for_s, longest_s = policy.checkpoints.writes_for_s, policy.checkpoints.longest_s
     return status._replace(writes_for_s=writes_for_s, longest_write_s=longest_s, overdue=policy.overdue(ending_s))
+
+
+class Silence:
+    """The time for which a value has not changed, and the time for which it may."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """`timeout_s`: the least that is too long."""
+        self._timeout_s = timeout_s
+        self._longest_s = 0.0
+        self._seen: object = None
+        self._since: float | None = None
+
+    def look(self, value: object, now: float) -> float:
+        """Return the seconds for which `value` has not changed."""
+        if self._since is None or value != self._seen:
+            if self._since is not None:
+                self._longest_s = max(self._longest_s, now - self._since)
+            self._seen, self._since = value, now
+        return now - self._since
+
+    def forget(self) -> None:
+        """The time up to the next look does not count."""
+        self._since = None
+
+    @property
+    def limit_s(self) -> float:
+        """The seconds after which it is too long."""
+        return max(self._timeout_s, PATIENCE * self._longest_s)

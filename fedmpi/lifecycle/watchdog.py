@@ -22,16 +22,13 @@ from typing import TYPE_CHECKING
 from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
 from fedmpi.lifecycle import progress
 from fedmpi.lifecycle.exits import end_all
-from fedmpi.lifecycle.status import Status, status_of
+from fedmpi.lifecycle.status import PATIENCE, Silence, Status, status_of
 from fedmpi.mpi import streams
 from fedmpi.mpi.processes import SERVER_RANK, process_stat
 
 if TYPE_CHECKING:
     from fedmpi.lifecycle.policies import StopPolicy
     from fedmpi.mpi.comm import Comm
-
-_PATIENCE = 3.0
-"""A rank may be silent for this many times the longest silence after which it went on."""
 
 _SET_UP_S = 600.0
 """The least that is too long in the set-up, whose steps nobody counts."""
@@ -42,34 +39,6 @@ _UNKNOWN = 10
 _LOOKS = 8  # in the time that a rank may be silent
 _ENDING_S = 2.0  # to end all ranks
 _STACK_S = 0.5  # until a rank that was asked for its stack has printed it
-
-
-class Silence:
-    """The time for which a value has not changed, and the time for which it may."""
-
-    def __init__(self, timeout_s: float) -> None:
-        """`timeout_s`: the least that is too long."""
-        self._timeout_s = timeout_s
-        self._longest_s = 0.0
-        self._seen: object = None
-        self._since: float | None = None
-
-    def look(self, value: object, now: float) -> float:
-        """Return the seconds for which `value` has not changed."""
-        if self._since is None or value != self._seen:
-            if self._since is not None:
-                self._longest_s = max(self._longest_s, now - self._since)
-            self._seen, self._since = value, now
-        return now - self._since
-
-    def forget(self) -> None:
-        """The time up to the next look does not count."""
-        self._since = None
-
-    @property
-    def limit_s(self) -> float:
-        """The seconds after which it is too long."""
-        return max(self._timeout_s, _PATIENCE * self._longest_s)
 
 
 class Watchdog:
@@ -146,7 +115,7 @@ class Watchdog:
                 self._check_own(status, now)
                 self._check_node(status, now)
                 self._check_far(status, now)
-                if status.writes_for_s > max(self._timeout_s, _PATIENCE * status.longest_write_s):
+                if status.writes_for_s > max(self._timeout_s, PATIENCE * status.longest_write_s):
                     for_s = f"{status.writes_for_s:.0f} s"
                     self._end(f"a checkpoint has been under way to the disk for {for_s} (--stall-timeout)")
 
@@ -197,7 +166,7 @@ class Watchdog:
             return
         limit_s, pending = self._set_up_s, status.pending
         if pending is not None:  # the longest that a rank may take to answer
-            client_s = max(self._timeout_s, _PATIENCE * pending.longest_client_s)
+            client_s = max(self._timeout_s, PATIENCE * pending.longest_client_s)
             limit_s = client_s * (pending.clients_per_rank + 1) * (1 if pending.longest_client_s else _UNKNOWN)
         for_s = now - max(since, self._awake)
         if for_s > (1 if by_server else 2) * limit_s:  # the server itself waits for answers first

@@ -16,9 +16,9 @@ import pytest
 
 import fedmpi
 from fedmpi.errors import FilesystemError
-from fedmpi.lifecycle import lock as lock_module
 from fedmpi.lifecycle.files import atomic_write, remove_temps
-from fedmpi.lifecycle.lock import FileLock
+from fedmpi.lifecycle.lock import STALE_S, FileLock
+from fedmpi.lifecycle.lock_holder import machine_id
 
 ROOT = str(Path(fedmpi.__file__).parents[1])
 
@@ -171,7 +171,7 @@ def test_unreadable_content_is_judged_by_age(tmp_path: Path, content: str) -> No
 
 def test_other_machines_are_judged_by_age(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    claim(path, age_s=lock_module.STALE_S / 2, pid=dead_pid())
+    claim(path, age_s=STALE_S / 2, pid=dead_pid())
     with pytest.raises(FilesystemError, match="in use by elsewhere pid"):
         FileLock(path, timeout_s=0).__enter__()
     claim(path, age_s=2 * 24 * 3600)
@@ -180,7 +180,7 @@ def test_other_machines_are_judged_by_age(tmp_path: Path) -> None:
 
 
 def test_this_machine_is_judged_by_its_processes(tmp_path: Path) -> None:
-    path, here = tmp_path / "lock", lock_module.machine_id()
+    path, here = tmp_path / "lock", machine_id()
     claim(path, machine=here, pid=dead_pid())
     with FileLock(path, timeout_s=0):
         pass

@@ -16,7 +16,8 @@ import torch
 
 from fedmpi.errors import EXIT_CRASH, EXIT_STOPPED
 from fedmpi.lifecycle import progress, watchdog
-from fedmpi.lifecycle.watchdog import Silence, Watchdog
+from fedmpi.lifecycle.status import Silence
+from fedmpi.lifecycle.watchdog import Watchdog
 from fedmpi.mpi.node_status import NOBODY, NodeStatus, status_bytes
 from fedmpi.mpi.waiting import Pending
 
