@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from fedmpi.core.isolation import Isolation
 from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.order import IntArray, Order
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
-from fedmpi.core.segments import Segments
+from fedmpi.core.segments import Extra, Segments
 from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_state
 from fedmpi.core.worker import Visit
 from fedmpi.data.client_data import ClientData
@@ -32,11 +32,18 @@ from fedmpi.engines.rehearsal import rehearse
 from fedmpi.engines.steps import Steps, batch_slices
 from fedmpi.errors import ConfigError, ModelError
 
-if TYPE_CHECKING:
-    from fedmpi.algorithm import Algorithm
-
 _TRIAL_SIZE = 256
 """Most samples of the trial before the first round."""
+
+
+class AnyAlgorithm(Protocol):
+    """An `Algorithm`, as both of its halves use it."""
+
+    extra: Extra
+    transforms: Sequence[Any]
+
+    def round(self, s: Any) -> None:
+        """Run one round on the server."""
 
 
 class Batch(NamedTuple):
@@ -268,7 +275,7 @@ class ClientVisitor:
     """
 
     def __init__(
-        self, algorithm: Algorithm[Any], model: nn.Module, data: ClientData, config: RunConfig, device: torch.device
+        self, algorithm: AnyAlgorithm, model: nn.Module, data: ClientData, config: RunConfig, device: torch.device
     ) -> None:
         """Over all clients' data.
 

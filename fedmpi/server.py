@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from fedmpi.client import refuse_changes, visits_of
+from fedmpi.client import AnyAlgorithm, refuse_changes, visits_of
 from fedmpi.config import RunConfig
 from fedmpi.core.attributes import Attributes
 from fedmpi.core.cohort import checked_cohort, sample_cohort, weight_unit
@@ -33,7 +33,6 @@ from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.server_state import ServerState
 
 if TYPE_CHECKING:
-    from fedmpi.algorithm import Algorithm
     from fedmpi.client import Client
 
 Visitation = Callable[["Client"], None]
@@ -292,7 +291,7 @@ class Server:
 class AlgorithmServer:
     """The server's half of an algorithm over the rounds of a run; see `core.server_loop.ServerHalf`."""
 
-    def __init__(self, algorithm: Algorithm[Any], model: nn.Module, config: RunConfig) -> None:
+    def __init__(self, algorithm: AnyAlgorithm, model: nn.Module, config: RunConfig) -> None:
         """Take over `model`, the initial global model."""
         self.algorithm, self.model, self.config, self.seed = algorithm, model, config, config.seed
         self.layout = layout_of(model, algorithm.extra)

@@ -148,7 +148,10 @@ def read_history(path: Path) -> list[RoundRecord]:
 def flat_rows(path: str | Path) -> list[dict[str, Any]]:
     """Return one row per round, for `pandas.DataFrame`: timings and reported numbers are columns."""
     rows = [dataclasses.asdict(record) for record in read_history(Path(path))]
-    return [{**row.pop("timings"), **row.pop("reported"), **row} for row in rows]
+    for row in rows:
+        row |= row.pop("timings")
+        row |= {f"reported_{name}" if name in row else name: value for name, value in row.pop("reported").items()}
+    return rows
 
 
 def check_history(path: Path, num_bytes: int, rounds: int, sha256: str | None = None) -> None:

@@ -14,11 +14,13 @@ PACKAGE = Path(__file__).parents[2] / "fedmpi"
 
 FLOORS = """
 __main__ bench
-fedlab
-embedded
-fedavg
+embedded fedlab
+algorithms fedavg
 launch
 job
+algorithm
+server
+client server_state
 outcome
 report
 data
@@ -30,6 +32,7 @@ core
 lifecycle
 machine
 mpi
+imports
 errors
 interrupt version
 """.split("\n")[1:-1]
@@ -39,7 +42,9 @@ DOOR = "__init__"
 """Loads any of the others when it is first asked for."""
 
 
-LIGHT = {"mpi", "errors", "interrupt", "version", "options", "config", "logs", "launch", "__main__", "__init__"}
+LIGHT = {
+    "mpi", "imports", "errors", "interrupt", "version", "options", "config", "logs", "launch", "__main__", "__init__",
+}  # fmt: skip
 """Rooms without torch: `--help` and a wrong option need none, and what travels is memory."""
 
 
@@ -141,7 +146,10 @@ def test_torch_is_loaded_where_tensors_are_worked_on() -> None:
     assert not [module for module in importers("/torch", "top", "late") if room(module) == "mpi"]
 
 
-@pytest.mark.parametrize("module", ["__init__", "__main__", "config", "launch", "logs", "data.install", "data.prepare"])
+@pytest.mark.parametrize(
+    "module",
+    ["__init__", "__main__", "algorithms", "config", "imports", "launch", "logs", "data.install", "data.prepare"],
+)
 def test_what_comes_before_training_loads_no_torch_and_no_mpi(module: str) -> None:
     """Everything that loading `module` loads, followed to the end: `--help` and `data.prepare` need neither."""
     seen, todo = set(), [module]

@@ -258,6 +258,10 @@ def test_history_rows_are_flat_for_a_data_frame(tmp_path: Path) -> None:
     (row,) = flat_rows(path)
     assert (row["round_idx"], row["accuracy"], row["round_s"]) == (0, 0.9125, 2.0)
     assert not [name for name, value in row.items() if isinstance(value, dict)]
+    told = dataclasses.replace(RECORD, reported={"tau": 1.5, "loss": 7.0})
+    path.write_text(json.dumps(dataclasses.asdict(told)) + "\n")
+    (row,) = flat_rows(path)
+    assert (row["tau"], row["loss"], row["reported_loss"]) == (1.5, RECORD.loss, 7.0)
 
 
 def test_the_summary_of_a_resumed_run_says_what_the_run_took_in_all(tmp_path: Path) -> None:

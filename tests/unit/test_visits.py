@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedmpi.core.messages import MessageCode, Order
-from fedmpi.core.visits import LeakCheck, Visits
 from torch import Tensor, nn
 
 from fedmpi import ClientSGDTrainer, ClientTrainer
 from fedmpi.core.evaluate import Evaluator
+from fedmpi.core.order import MessageCode, Order
+from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.errors import ConfigError, ModelError
-from fedmpi.fedavg import FedAvgTrainer
+from fedmpi.fedlab.visits import LeakCheck, TrainerVisitor
 
 NO_STATE = np.empty(0, np.int64)
 
@@ -118,23 +118,29 @@ def sgd_trainer(model: nn.Module, cls: type[ClientSGDTrainer] = ClientSGDTrainer
     return trainer
 
 
-def bits(visits: Visits, start: Tensor, *clients: int) -> list[bytes]:
-    return [visits.train(0, client_id, start, NO_STATE).numpy().tobytes() for client_id in clients]
+def bits(visits: TrainerVisitor, start: Tensor, *clients: int) -> list[bytes]:
+    """Return what clients come to, one after the other."""
+
+    def trained(client_id: int) -> bytes:
+        visits.train(0, client_id, start, NO_STATE)
+        return visits.back.numpy().tobytes()
+
+    return [trained(client_id) for client_id in clients]
 
 
 @pytest.mark.parametrize("model", [Counting, Listing, Noisy, Recurrent, Lazy, Hooking, Namespace, defaults])
 def test_what_a_model_keeps_does_not_reach_the_next_client(model: Callable[[], Linear]) -> None:
     start = sgd_trainer(Linear()).model_parameters.clone()
-    alone = bits(Visits(sgd_trainer(model())), start, 3)
-    after_others = bits(Visits(sgd_trainer(model())), start, 1, 0, 2, 3)
+    alone = bits(TrainerVisitor(sgd_trainer(model())), start, 3)
+    after_others = bits(TrainerVisitor(sgd_trainer(model())), start, 1, 0, 2, 3)
     assert after_others[-1] == alone[0]
-    assert alone != bits(Visits(sgd_trainer(Linear())), start, 3), "and it does decide something"
+    assert alone != bits(TrainerVisitor(sgd_trainer(Linear())), start, 3), "and it does decide something"
 
 
 def test_what_changes_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("fedmpi"), "propagate", True)
     trainer = sgd_trainer(Counting())
-    bits(Visits(trainer), trainer.model_parameters.clone(), 0, 1, 2)
+    bits(TrainerVisitor(trainer), trainer.model_parameters.clone(), 0, 1, 2)
     assert [record.message for record in caplog.records] == [
         "model: training changes 'calls', put back before each client (a buffer would travel)"
     ]
@@ -150,12 +156,18 @@ def test_what_a_model_keeps_does_not_reach_the_next_chunk(model: type[Linear]) -
     """The sums over the shares of two ranks are those of one rank, which takes the chunks one after the other."""
     x = torch.randn(450, 2, generator=torch.Generator().manual_seed(1))
     evaluator = Evaluator(450, lambda start, stop: (x[start:stop], (x[start:stop, 0] > 0).long()))
-    visits = Visits(sgd_trainer(model()))
+    visits = TrainerVisitor(sgd_trainer(model()))
     vector = visits.trainer.model_parameters.clone()
+
+    def renewal(visits: TrainerVisitor, vector: Tensor) -> Callable[[int], None] | None:
+        def seed_of(chunk: int) -> int:
+            return derive_seed(0, Stream.EVALUATION, 0, chunk)
+
+        return visits.isolation.renewal(vector, NO_STATE, seed_of)
 
     def evaluated(share: int, num_shares: int) -> Any:
         bits(visits, vector, share)  # whoever was here before
-        return evaluator.evaluate(visits.trainer.model, share, num_shares, visits.renewal(0, vector, NO_STATE))
+        return evaluator.evaluate(visits.trainer.model, share, num_shares, renewal(visits, vector))
 
     assert (evaluated(0, 2) + evaluated(1, 2)).tolist() == evaluated(0, 1).tolist()
 
@@ -191,8 +203,8 @@ class Accumulating(ClientSGDTrainer):
 @pytest.mark.parametrize("cls", [Forgetful, Unseeded, Accumulating])
 def test_what_a_trainer_leaves_out_is_done_for_it(cls: type[ClientSGDTrainer]) -> None:
     start = sgd_trainer(Linear()).model_parameters.clone()
-    alone = bits(Visits(sgd_trainer(Linear(), cls)), start, 3)
-    assert bits(Visits(sgd_trainer(Linear(), cls)), start, 1, 0, 2, 3)[-1] == alone[0]
+    alone = bits(TrainerVisitor(sgd_trainer(Linear(), cls)), start, 3)
+    assert bits(TrainerVisitor(sgd_trainer(Linear(), cls)), start, 1, 0, 2, 3)[-1] == alone[0]
 
 
 def test_a_replaced_tensor_is_refused_after_the_visit() -> None:
@@ -201,18 +213,18 @@ def test_a_replaced_tensor_is_refused_after_the_visit() -> None:
             self.layer.weight.data = torch.renorm(self.layer.weight.data, 2, 0, 1.0)
             return super().forward(x)
 
-    visits = Visits(sgd_trainer(Renormed()))
+    visits = TrainerVisitor(sgd_trainer(Renormed()))
     with pytest.raises(ModelError, match=r"layer\.weight"):
         bits(visits, visits.trainer.model_parameters.clone(), 0)
 
 
 def order(*cohort: int) -> Order:
     ids = np.array(cohort, np.int64)
-    return Order(MessageCode.PARAMETER_UPDATE, 0, ids, ids * 0, ids * 0 + 1)
+    return Order(MessageCode.PARAMETER_UPDATE, cohort=ids, ranks=ids * 0, weights=ids * 0 + 1, unit_max=ids[:1] * 0 + 1)
 
 
 def try_leaks(trainer: ClientTrainer, *cohort: int) -> None:
-    visits = Visits(trainer)
+    visits = TrainerVisitor(trainer)
     check = LeakCheck(visits)
     start = trainer.model_parameters.clone()
     visits.train(0, cohort[0], start, NO_STATE)
@@ -341,7 +353,7 @@ class FromSecondRound(Decaying):
 
 def test_what_begins_to_change_later_is_tried_then() -> None:
     trainer = sgd_trainer(Linear(), FromSecondRound)
-    visits = Visits(trainer)
+    visits = TrainerVisitor(trainer)
     check, start = LeakCheck(visits), trainer.model_parameters.clone()
     for round_idx in (0, 0, 1):
         visits.train(round_idx, 0, start, NO_STATE)
@@ -362,7 +374,7 @@ class WritesInto(ClientSGDTrainer):
 def test_the_vector_that_was_sent_stays_for_the_next_client() -> None:
     trainer = sgd_trainer(Linear(), WritesInto)
     start = trainer.model_parameters.clone()
-    first = bits(Visits(trainer), start, 1, 0, 1)
+    first = bits(TrainerVisitor(trainer), start, 1, 0, 1)
     assert first[0] == first[2]
 
 
@@ -397,4 +409,4 @@ def test_the_fields_that_do_not_count_are_those_there_are() -> None:
     held = set(vars(sgd_trainer(Linear())))
     assert held - ClientSGDTrainer.own_fields == {"criterion"}
     assert ClientSGDTrainer.own_fields - held - {"engine_note"} == set()
-    assert ClientTrainer.own_fields < FedAvgTrainer.own_fields
+    assert ClientTrainer.own_fields < ClientSGDTrainer.own_fields

@@ -76,6 +76,11 @@ def visitor(
     return made
 
 
+def server_of(model: nn.Module) -> AlgorithmServer:
+    """Return the server's half of FedAvg over a model."""
+    return AlgorithmServer(make(FedAvg, RunConfig()), model, RunConfig())
+
+
 def order_of(
     visitor: ClientVisitor, cohort: Sequence[int], round_idx: int = 0, method: str = "client_update", **fields: Any
 ) -> Order:
