@@ -118,33 +118,28 @@ class ExactSum:
         self._copies: dict[int, Tensor] = {}
         self._terms: dict[int, int] = {}  # how many times a bin still holds _MAGIC_BITS too much
 
-    def add(
-        self, vector: Tensor, weight: int, bin_idx: int | None = None, reference: Reference | None = None
-    ) -> int | None:
+    def add(self, vector: Tensor, weight: int, reference: Reference | None = None) -> int | None:
         """Add one client.
 
         Args:
             vector: (P,) float32, w_k.
             weight: n_k, an integer >= 0.
-            bin_idx: the client's bin, when `vector` is only a block of its columns; None: found here.
             reference: w, if it is another than that of the other clients.
 
         Returns:
             The client's bin, or None if the vector is not finite and nothing was added.
         """
         reference = reference or self._reference
-        if bin_idx is None and reference.largest + _largest(vector) < 2.0**_RANGE_BITS:
-            bin_idx = 0
-        if bin_idx == 0 and self._device.type == "cpu" and math.isfinite(reference.largest):
+        in_range = reference.largest + _largest(vector) < 2.0**_RANGE_BITS
+        if in_range and self._device.type == "cpu":
             self._add_in_blocks(vector.numpy(), reference.array, weight)
             return 0
         self._term.copy_(vector).sub_(reference.wide)
         if not math.isfinite(reference.largest):  # the same bits add nothing, also where they are not finite
             self._term.masked_fill_(vector.view(torch.int32) == reference.start.view(torch.int32), 0)
+        bin_idx = 0 if in_range else _bin_of(self._term)
         if bin_idx is None:
-            bin_idx = _bin_of(self._term)
-            if bin_idx is None:
-                return None
+            return None
         self._term.mul_(weight * 2.0 ** (self._exponent - _BIN_BITS * bin_idx))
         for coarse_idx in range(bin_idx, 0, -1):
             rounded = self._term + _MAGIC

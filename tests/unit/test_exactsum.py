@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmpi.core.exactsum import ExactSum, scale_exponent
+from fedmpi.core.exactsum import ExactSum, Reference, scale_exponent
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 WIDTH = 4
@@ -66,23 +66,6 @@ def test_neither_order_nor_ranks_change_a_bit(
     for vector, weight in data.draw(st.permutations(cohort)):
         parts[data.draw(st.integers(0, num_ranks - 1))].add(torch.tensor(vector), weight)
     assert merged(parts).numpy().tobytes() == usual.numpy().tobytes()
-
-
-@given(clients(any_size), st.integers(1, WIDTH - 1))
-def test_blocks_of_columns_with_given_bins_equal_the_whole(cohort: list[tuple[list[float], int]], cut: int) -> None:
-    reference = torch.tensor([0.5, -1.0, 3.0, 0.0])
-    whole = fresh(cohort, reference)
-    bins = [whole.bin_of(torch.tensor(vector)) for vector, _ in cohort]
-    assert whole.num_bins == 0, "bin_of adds nothing"
-    assert not whole.mean().any()
-    assert [whole.add(torch.tensor(vector), n) for vector, n in cohort] == bins
-    blocks = []
-    for columns in (slice(0, cut), slice(cut, WIDTH)):
-        exact = fresh(cohort, reference[columns])
-        for (vector, weight), bin_idx in zip(cohort, bins, strict=True):
-            assert exact.add(torch.tensor(vector[columns]), weight, bin_idx) == bin_idx
-        blocks.append(exact.mean())
-    assert torch.cat(blocks).numpy().tobytes() == whole.mean().numpy().tobytes()
 
 
 @given(
@@ -149,7 +132,6 @@ def test_the_bin_depends_on_the_largest_entry_of_that_client(largest: float, bin
     for sign in (1, -1):
         exact = ExactSum(torch.zeros(3), 1, 1)
         vector = torch.tensor([1e-3, sign * float(largest), 0.0])
-        assert exact.bin_of(vector) == bin_idx
         assert exact.add(vector, 1) == bin_idx
         assert exact.num_bins == bin_idx + 1
         assert float(exact.mean()[1]) == pytest.approx(sign * float(largest), rel=0, abs=2.0**-45)
@@ -178,7 +160,6 @@ def test_a_non_finite_vector_is_told_and_not_added(bad: float, where: int) -> No
     before = exact.mean()
     vector = torch.tensor([5.0, 5.0, 5.0])
     vector[where] = bad
-    assert exact.bin_of(vector) is None
     assert exact.add(vector, 1) is None
     assert torch.equal(exact.mean(), before)
     assert exact.num_bins == 1
@@ -239,16 +220,41 @@ def test_extreme_terms_come_back_exactly() -> None:
 
 
 def test_entries_that_nobody_changed_add_nothing_whatever_they_are() -> None:
-    """A causal mask of -inf, a NaN, an infinite bound beside a weight: by vector, by bin and by block."""
+    """A causal mask of -inf, a NaN, an infinite bound beside a weight."""
     start = torch.tensor([1.0, -math.inf, math.nan, math.inf, -1e38])
     moved = start.clone()
     moved[0] = 3.0
-    for bin_idx in (None, 0):
-        exact = ExactSum(start, 4, 3)
-        assert exact.bin_of(moved) == 0
-        assert exact.add(moved, 3, bin_idx) == 0
-        assert exact.add(start.clone(), 1, bin_idx) == 0
-        assert exact.mean().tolist() == [1.5, 0.0, 0.0, 0.0, 0.0]
+    exact = ExactSum(start, 4, 3)
+    assert exact.add(moved, 3) == 0
+    assert exact.add(start.clone(), 1) == 0
+    assert exact.mean().tolist() == [1.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_clients_may_start_from_different_vectors() -> None:
+    """(2 x (3 - 1) + 1 x (7 - 5)) / 3 = 2."""
+    exact = ExactSum(torch.tensor([1.0]), 3, 2)
+    exact.add(torch.tensor([3.0]), 2)
+    exact.add(torch.tensor([7.0]), 1, Reference(torch.tensor([5.0])))
+    assert float(exact.mean()) == 2
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0, 127.0, 128.0, math.nan, math.inf])
+def test_a_group_is_added_if_it_fits(size: float) -> None:
+    """Two clients of weights 3 and 5 with one update: in bin 0 below 2^7, else nothing is added."""
+    exact = ExactSum(torch.zeros(2), 16, 8)
+    exact.add(torch.tensor([1.0, 2.0]), 8)
+    fits = exact.add_group(torch.tensor([8 * size, -8.0], dtype=torch.float64), 8)
+    assert fits == (size < 128)
+    added = 8 * size if fits else 0
+    assert exact.total().tolist() == [8 + added, 16 - 8 * fits]
+    assert exact.num_bins == 1
+
+
+def test_a_group_without_weight_adds_nothing_and_is_told_if_it_is_not_finite() -> None:
+    exact = ExactSum(torch.zeros(1), 0, 0)
+    assert exact.add_group(torch.zeros(1, dtype=torch.float64), 0)
+    assert not exact.add_group(torch.tensor([math.nan], dtype=torch.float64), 0)
+    assert exact.total().tolist() == [0]
 
 
 @pytest.mark.parametrize(("entry", "value"), [(0, math.nan), (1, math.inf), (1, 0.0), (2, 1.0), (3, math.nan)])
@@ -258,5 +264,4 @@ def test_an_entry_that_changed_and_is_not_finite_is_no_sum(entry: int, value: fl
     moved[entry] = value
     exact = ExactSum(start, 1, 1)
     assert exact.add(moved, 1) is None
-    assert exact.bin_of(moved) is None
     assert exact.num_bins == 0
