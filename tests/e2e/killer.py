@@ -70,7 +70,7 @@ def main() -> int:
         plant(point, int(nth))
     from fedmpi.launch import main as launch
 
-    return launch("fedmpi.fedavg:FEDAVG", argv=options)
+    return launch("fedmpi.fedavg:FedAvg", argv=options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models, trainers and servers that are not like ours: the same bits on any number of ranks, or one line."""
+"""Models and algorithms that are not like ours: the same bits on any number of ranks, or one line."""
 
 from __future__ import annotations
 
@@ -64,39 +64,25 @@ class Keeping(Net):
 """
 
 ALGORITHMS = """
-import sys
-import numpy as np
-from fedmpi.fedavg import FedAvgTrainer, fedavg_handler
-from fedmpi.job import Algorithm
-from fedmpi.launch import main
+from fedmpi.fedavg import FedAvg
 
-class Kept(FedAvgTrainer):
+class Kept(FedAvg):
     kept = {}
-    def train(self, model_parameters, epochs=None):
-        super().train(self.kept.get(self.client_id, model_parameters), epochs)
-        self.kept[self.client_id] = self.model_parameters.clone()
+    def client_update(self, k):
+        k.sgd(self.kept.get(k.id))
+        self.kept[k.id] = k.back.w.clone()
 
-class Bursting(FedAvgTrainer):
-    def train(self, model_parameters, epochs=None):
-        super().train(model_parameters, epochs)
-        if self.round_idx == 2 and self.client_id % 2:
-            self.model_parameters[5] = float("nan")
+class Clients(FedAvg):
+    def client_update(self, k):
+        k.sgd()
+        if k.round_idx == 2 and k.id % 2:
+            k.back.w[5] = float("nan")
 
-def bursting_server(model, config):
-    handler = fedavg_handler(model, config)
-    step = handler.step
-    def burst(mean):
-        step(mean)
-        if handler.round_idx == 1:
-            handler.model_parameters[7] = float("inf")
-    handler.step = burst
-    return handler
-
-KEPT = Algorithm("kept", Kept, fedavg_handler)
-CLIENTS = Algorithm("clients", Bursting, fedavg_handler)
-SERVER = Algorithm("server", FedAvgTrainer, bursting_server)
-if __name__ == "__main__":
-    sys.exit(main("mine:" + sys.argv[1], argv=sys.argv[2:]))
+class Server(FedAvg):
+    def round(self, s):
+        super().round(s)
+        if s.round_idx == 1:
+            s.model.w[7] = float("inf")
 """
 
 
@@ -120,25 +106,27 @@ def test_the_same_bits_on_any_ranks(job, model):
 
 @pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_a_trainer_that_keeps_something_by_client(job, num_ranks):
-    result = job(num_ranks, "KEPT", *SMALL, "--run-dir", "run", program=("mine.py",))
+def test_an_algorithm_that_keeps_something_by_client(job, num_ranks):
+    result = job(num_ranks, *SMALL, "--run-dir", "run", program=("-m", "fedmpi", "mine:Kept"))
     assert result.code == 2
-    assert result.text.count("keeps 'kept' from client to client") == 1
+    assert result.text.count("Kept has changed its 'kept': an algorithm is read-only") == 1
     assert "Traceback" not in result.text
 
 
 @pytest.mark.usefixtures("mine")
-@pytest.mark.parametrize(("num_ranks", "args"), [(6, "--num-clients 5 --cohort-size 5"), (3, "--leak-check off")])
-def test_it_may_where_each_client_has_a_rank_and_where_the_user_says_so(job, num_ranks, args):
+@pytest.mark.parametrize(
+    ("num_ranks", "args"), [(6, "--num-clients 5 --cohort-size 5 --leak-check off"), (3, "--leak-check off")]
+)
+def test_it_may_where_the_user_says_so(job, num_ranks, args):
     options = "--dataset synthetic --model 2nn --rounds 2".split()
-    result = job(num_ranks, "KEPT", *options, *args.split(), "--run-dir", "run", program=("mine.py",))
+    result = job(num_ranks, *options, *args.split(), "--run-dir", "run", program=("-m", "fedmpi", "mine:Kept"))
     assert result.code == 0, result.text
 
 
 @pytest.mark.usefixtures("mine")
-@pytest.mark.parametrize(("what", "rounds", "who"), [("CLIENTS", 2, "of clients"), ("SERVER", 1, "global model is")])
+@pytest.mark.parametrize(("what", "rounds", "who"), [("Clients", 2, "of clients"), ("Server", 1, "global model is")])
 def test_a_diverged_run_keeps_its_last_good_state(job, tmp_path, what, rounds, who):
-    result = job(3, what, *SMALL[:-2], "--rounds", "5", "--run-dir", "run", program=("mine.py",))
+    result = job(3, *SMALL[:-2], "--rounds", "5", "--run-dir", "run", program=("-m", "fedmpi", f"mine:{what}"))
     assert result.code == 3, result.text
     assert who in result.err
     assert f"the last good round is {rounds - 1}" in result.err
@@ -146,7 +134,7 @@ def test_a_diverged_run_keeps_its_last_good_state(job, tmp_path, what, rounds, w
     assert len(rows) == rounds
     newest = max((tmp_path / "run" / "checkpoint").iterdir())
     assert newest.name == f"round-{rounds:06}.ckpt"
-    if what == "CLIENTS":
+    if what == "Clients":
         cohort = job(2, *SMALL, name="usual").rows()[2]["cohort"]
         odd = [client_id for client_id in cohort if client_id % 2]
         assert f"the models of clients {', '.join(map(str, odd))} are not finite" in result.err

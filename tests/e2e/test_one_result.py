@@ -1,4 +1,4 @@
-"""The final model's hash and the history do not depend on ranks, on the way updates travel, or on the environment."""
+"""The final model's hash and the history do not depend on ranks, on placement, or on the environment."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ def reference(tmp_path_factory):
         (3, (), {}),
         (5, (), {}),
         (11, (), {}),
-        (1, ("--collect", "gather"), {}),
-        (3, ("--collect", "gather"), {}),
-        (3, ("--collect", "reduce"), {}),
+        (3, ("--group-clients", "1"), {}),
         (5, ("--schedule", "static", "--cuda-aware"), {}),
-        (3, ("--schedule", "dynamic", "--collect", "gather", "--timeline"), {}),
+        (3, ("--schedule", "dynamic", "--timeline"), {}),
         (2, (), {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}),
     ],
     ids=str,
@@ -46,7 +44,7 @@ def test_same_bits_and_history(job, reference, num_ranks, args, env):
 )  # 100: from the second round on no client fits into bin 0
 def test_same_bits_where_clients_take_one_step(job, client_lr):
     one_step = ("--batch-size", "0", "--num-clients", "50", "--cohort-size", "40", "--client-lr", client_lr)
-    ranks = [(1, ()), (3, ("--collect", "gather")), (5, ("--schedule", "dynamic"))]  # other clients together
+    ranks = [(1, ()), (3, ("--schedule", "static")), (5, ("--schedule", "dynamic"))]  # other clients together
     results = [job(n, *SMALL, *one_step, *args, name=f"on{n}") for n, args in ranks]
     assert [result.code for result in results] == [0] * 3, "".join(result.text for result in results)
     assert len({result.bits() for result in results}) == 1

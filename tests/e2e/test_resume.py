@@ -21,22 +21,22 @@ SERVER, TRAINER, ALL = "0", "1", "any"
 POINTS = [
     # rank, where, which passage
     (SERVER, "/fedmpi.lifecycle.checkpoint:write_state", 3),
-    (TRAINER, ">fedmpi.fedavg:FedAvgTrainer.train", 4),
+    (TRAINER, ">fedmpi.client:ClientVisitor.visit", 4),
     # the rest with .ci/long
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_round", 5),
-    (ALL, "<fedmpi.core.collection:collect", 5),
+    (ALL, "<fedmpi.core.exchange:collect", 5),
     (SERVER, "<fedmpi.report.run_folder:RunFolder.on_end", 1),
-    (ALL, "<fedmpi.core.collection:bcast_order", 6),
-    (ALL, "<fedmpi.mpi.tree:bcast_vector", 7),
+    (ALL, "<fedmpi.core.exchange:bcast_order", 6),
+    (ALL, "<fedmpi.core.exchange:SentVectors.bcast", 7),
     (ALL, ">fedmpi.mpi.comm:Comm.receive", 20),
-    (ALL, ">fedmpi.mpi.tree:bcast_vector", 8),
-    (TRAINER, "<fedmpi.fedavg:FedAvgTrainer.train", 5),
+    (ALL, ">fedmpi.core.exchange:SentVectors.bcast", 8),
+    (TRAINER, "<fedmpi.client:ClientVisitor.visit", 5),
     (TRAINER, ">fedmpi.engines.fused:FusedEngine.epoch", 3),
     (ALL, "<fedmpi.mpi.tree:gather_records", 8),
     (ALL, "<fedmpi.mpi.tree:sum_bins", 3),
-    (ALL, ">fedmpi.core.collection:collect", 7),
-    (SERVER, "<fedmpi.core.handler:SyncParameterServerHandler.step", 4),
-    (SERVER, ">fedmpi.core.handler:SyncParameterServerHandler.step", 4),
+    (ALL, ">fedmpi.core.exchange:collect", 7),
+    (SERVER, "<fedmpi.server:Server.step", 7),
+    (SERVER, ">fedmpi.server:Server.step", 7),
     (TRAINER, "<fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (TRAINER, ">fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (SERVER, "<fedmpi.report.history:History.on_round", 4),
@@ -205,30 +205,14 @@ def test_integer_buffers_are_restored_on_every_rank(job, tmp_path):
 
 
 SERVER_WITH_MOMENTUM = """
-import dataclasses, sys, torch
-from fedmpi.core.handler import SyncParameterServerHandler
-from fedmpi.fedavg import FEDAVG
-from fedmpi.launch import main
+from fedmpi.fedavg import FedAvg
 
-class Momentum(SyncParameterServerHandler):
-    velocity = None
-    def step(self, mean_update):
-        self.velocity = mean_update.clone() if self.velocity is None else 0.9 * self.velocity + mean_update
-        super().step(self.velocity)
-    def state_dict(self):
-        return super().state_dict() | {"velocity": self.velocity}
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.velocity = state["velocity"]
-
-def handler(model, config):
-    plain = FEDAVG.handler(model, config)
-    plain.__class__ = Momentum
-    return plain
-
-FEDAVGM = dataclasses.replace(FEDAVG, handler=handler)
-if __name__ == "__main__":
-    sys.exit(main("momentum:FEDAVGM"))
+class Momentum(FedAvg):
+    def round(self, s):
+        mean = s.mean(s.sample(self.config.clients_per_round), self.client_update)
+        velocity = s.state.get("velocity")
+        s.state["velocity"] = mean.w.clone() if velocity is None else 0.9 * velocity + mean.w
+        s.step("w", s.state["velocity"])
 """
 
 
@@ -237,7 +221,7 @@ def test_the_state_of_a_server_optimizer_is_restored(job, whole, tmp_path):
 
     def train(num_ranks, name, rounds):
         options = [*SMALL, "--rounds", rounds, "--run-dir", str(tmp_path / name)]
-        done = job(num_ranks, *options, program=("-m", "momentum"), name=name)
+        done = job(num_ranks, *options, program=("-m", "fedmpi", "momentum:Momentum"), name=name)
         assert done.code == 0, done.text
         return done
 
@@ -264,19 +248,19 @@ def spans(result):
 
 
 OTHER_ALGORITHM = """
-import dataclasses, sys
+import dataclasses
 from fedmpi.config import RunConfig
-from fedmpi.fedavg import FEDAVG
-from fedmpi.launch import main
+from fedmpi.fedavg import FedAvg
 from fedmpi.options import option
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     mu: float = option(0.1, "weight of the proximal term", "Federation", "[0, inf)")
 
-PROX = dataclasses.replace(FEDAVG, name="FedProx")
-if __name__ == "__main__":
-    sys.exit(main("prox:PROX", Config))
+class Prox(FedAvg):
+    Config = Config
+    def client_update(self, k):
+        k.sgd(prox=self.config.mu)
 """
 
 
@@ -284,11 +268,11 @@ if __name__ == "__main__":
 def test_the_folder_of_another_algorithm_is_refused(job, tmp_path):
     (tmp_path / "prox.py").write_text(OTHER_ALGORITHM)
     folder = ["--run-dir", str(tmp_path / "run")]
-    assert job(1, *SMALL, "--mu", "0.5", *folder, program=("-m", "prox")).code == 0
+    assert job(1, *SMALL, "--mu", "0.5", *folder, program=("-m", "fedmpi", "prox:Prox")).code == 0
     refused = job(2, *SMALL, *folder)
     assert refused.code == 2, refused.text
     assert len(refused.errors) == 1
-    assert "algorithm prox:PROX, this one has fedmpi.fedavg:FEDAVG" in refused.errors[0]
+    assert "algorithm prox:Prox, this one has fedmpi.fedavg:FedAvg" in refused.errors[0]
 
 
 @pytest.mark.slow
