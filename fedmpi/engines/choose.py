@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedmpi.core.memory_format import laid_out, memory_format_of
 from fedmpi.core.vector import SerializationTool
 from fedmpi.engines.eager import EagerEngine
 from fedmpi.engines.fused import FusedEngine
 from fedmpi.engines.graph import GraphEngine
-from fedmpi.engines.groups import GroupEngine
 from fedmpi.engines.proof import cannot, leaves_of, why_not
 from fedmpi.engines.put_back import put_back
-from fedmpi.engines.steps import Steps
+from fedmpi.engines.steps import Engine
 from fedmpi.errors import ModelError
 
 _TOLERANCE = 1e-3
 """Largest difference of two engines' steps, relative to the largest entry of the step."""
-
-
-class Engine(Protocol):
-    """Takes the steps of one client's SGD with mean cross-entropy on the model it was made for.
-
-    Attributes:
-        runs_model: True if it calls the model, which may then draw random numbers and tell training from evaluation.
-        groups: takes the steps of a group of clients of one step at once; None: cannot.
-    """
-
-    runs_model: bool
-    groups: GroupEngine | None
-
-    def begin(
-        self,
-        *,
-        lr: float | None = None,
-        prox: float = 0.0,
-        constant: Tensor | None = None,
-        only: Sequence[slice] | None = None,
-    ) -> None:
-        """Make the next step a client's first; see `SgdEngine.begin`."""
-
-    def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        """Take one pass over (N, ...) inputs and (N,) labels in that order, a step per batch.
-
-        Returns:
-            The batches' mean losses, each before its step.
-        """
-
-    def steps(self) -> Steps:
-        """Return the steps since `begin`."""
 
 
 def choose_engine(
@@ -64,10 +30,10 @@ def choose_engine(
     weight_decay: float,
     smallest_batch: int = 1,
 ) -> tuple[Engine, str]:
-    """An engine for a flattened model, and the sentence that tells which and why.
+    """Return an engine for a flattened model, and the sentence that tells which and why.
 
-    By itself it takes steps by hand only for a model that is known to be the plain stack of its layers. Asked for, it
-    takes them also for one whose layers can be taken by hand, if four trial steps agree.
+    Auto takes steps by hand only for a model that is known to be the plain stack of its layers; fused, also for one
+    whose layers can be taken by hand, if four trial steps agree.
 
     Args:
         wanted: --engine.
@@ -100,7 +66,7 @@ def choose_engine(
 
 
 def _way_out(model: nn.Module) -> str:
-    """The line that makes a model faster whose layers, but not whose forward(), are known."""
+    """Return the advice for a model whose layers, but not whose forward(), are known."""
     own = any(type(module).__module__.partition(".")[0] != "torch" for module in model.modules())
     if not own or cannot(model) is not None:
         return ""
@@ -111,7 +77,7 @@ def _way_out(model: nn.Module) -> str:
 
 
 def _trial(model: nn.Module, input_shape: tuple[int, ...]) -> str | None:
-    """Four steps of both engines on the model itself, which is put back; why they differ, or None."""
+    """Return why four steps of both engines on the model, which is put back, differ; None: they agree."""
     generator = torch.Generator("cpu").manual_seed(0)
     inputs = torch.randn(5, *input_shape, generator=generator, dtype=torch.float32, device="cpu")
     moved = []

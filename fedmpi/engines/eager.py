@@ -10,23 +10,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedmpi.engines.gradients import gradients_of
-from fedmpi.engines.groups import GroupEngine
-from fedmpi.engines.steps import SgdEngine, batch_slices
+from fedmpi.engines.steps import Engine, batch_slices
 
 
-class EagerEngine(SgdEngine):
+class EagerEngine(Engine):
     """SGD with momentum and weight decay.
 
     The arithmetic is that of `torch.optim.SGD` (dampening 0, no Nesterov) with mean cross-entropy.
     """
 
     runs_model = True
-    groups: GroupEngine | None = None
 
     def __init__(
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float, smallest_batch: int = 1
     ) -> None:
-        """Over the trainable parameters of `model`; see `SgdEngine`.
+        """Over the trainable parameters of `model`; see `Engine`.
 
         Args:
             model: the module.
@@ -41,7 +39,7 @@ class EagerEngine(SgdEngine):
         self._stop = max((p.data_ptr() + p.numel() * p.element_size() for p in self._params), default=0)
 
     def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        """Take one pass over (N, ...) inputs and (N,) labels as they lie; see `Engine`."""
+        """See `Engine`."""
         batches = batch_slices(len(labels), batch_size, self._smallest_batch)
         return torch.stack([self._take(functools.partial(self._step, inputs[rows], labels[rows])) for rows in batches])
 

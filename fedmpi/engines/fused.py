@@ -1,11 +1,8 @@
 """Local SGD by hand for stacks of Linear, Conv2d, ReLU, MaxPool2d and Flatten under cross-entropy.
 
-Beside the matrix products a step of a small model is a few dozen calls that each do next to nothing, so what counts is
-how few they are. A Linear's weight is updated inside the very product that forms its gradient (`addmm_` with
-alpha = -lr / n), results go to buffers that stay, losses are worked out once an epoch, and a ReLU in front of a pooling
-acts behind it, where there is four times less to do.
-
-Gradients here are sums over the batch; the step divides by n.
+Beside the matrix products a step of a small model is a few dozen calls that do next to nothing, so few calls are fast
+steps: see `in_place` and `layers`. Losses are worked out once per epoch, and a ReLU in front of a pooling acts behind
+it, where there is four times less to do.
 
 Shapes: n samples of the batch, C classes.
 """
@@ -19,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedmpi.engines.groups import GroupEngine, group_engine
+from fedmpi.engines.groups import group_engine
 from fedmpi.engines.in_place import InPlaceSgd
 from fedmpi.engines.layers import Conv2d, Layer, Linear, by_hand
 from fedmpi.engines.proof import leaves_of
@@ -32,7 +29,7 @@ class Stack(Protocol):
     """A model's layers and their steps, for batches of one size."""
 
     def step(self, x: Tensor, targets: Tensor) -> Tensor:
-        """One step; returns (n, C) log-probabilities before it. `targets`: the labels' (n, C) rows of an identity."""
+        """Take one step; return (n, C) log-probabilities before it. `targets`: (n, C) rows of an identity, by label."""
 
 
 class _Stack:
@@ -65,7 +62,6 @@ class FusedEngine(InPlaceSgd):
     """SGD with momentum and weight decay for a stack; equals `EagerEngine` up to the rounding of float32."""
 
     runs_model = False
-    groups: GroupEngine | None
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over a flattened model for which `why_not` returns None, or for which a trial has shown that it fits."""
@@ -79,7 +75,7 @@ class FusedEngine(InPlaceSgd):
 
     @torch.no_grad()
     def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        """Take one pass over (N, ...) inputs and (N,) labels as they lie; see `Engine`."""
+        """See `Engine`."""
         x, y = inputs.flatten(1) if self._flat else inputs, labels.unsqueeze(1)
         if self._identity is None:
             self._identity = torch.eye(self._num_classes(x), dtype=x.dtype, device=x.device)
@@ -103,7 +99,7 @@ class FusedEngine(InPlaceSgd):
 
 
 def _pool_first(leaves: Sequence[nn.Module]) -> list[nn.Module]:
-    """max(relu(x)) = relu(max(x)), and where they differ in what they pick the gradient is 0."""
+    """Swap ReLU and pooling: max(relu(x)) = relu(max(x)), and where they pick other entries the gradient is 0."""
     layers = list(leaves)
     for i in range(len(layers) - 1):
         if isinstance(layers[i], nn.ReLU) and isinstance(layers[i + 1], nn.MaxPool2d):

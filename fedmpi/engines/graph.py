@@ -1,4 +1,4 @@
-"""The fused engine's steps on a GPU, recorded once a batch size and replayed.
+"""The fused engine's steps on a GPU, recorded once per batch size and replayed.
 
 A step of a small model is a few dozen kernels of microseconds; starting them one by one from Python takes longer than
 they do. A CUDA graph starts them all at once. What is recorded reads and writes fixed memory: the batch is copied to
@@ -7,7 +7,7 @@ where it was recorded, weights and momenta are stepped in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _KEPT_SETTINGS = 4
 
 
 def record_cuda(work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-    """A CUDA graph of `work`, which is run a few times beforehand."""
+    """Record a CUDA graph of `work`, which is run a few times beforehand."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -47,37 +47,27 @@ class GraphEngine(FusedEngine):
     def __init__(
         self, model: nn.Module, lr: float, momentum: float, weight_decay: float, record: Record = record_cuda
     ) -> None:
-        """Over a model for `FusedEngine`; `record`: how (a seam for tests without a GPU)."""
+        """Over a model for `FusedEngine`; `record` makes a recording (tests without a GPU give another)."""
         self._record = record
         self._recordings: dict[tuple[object, ...], dict[int, _Recorded]] = {}
         self._constant_copy: Tensor | None = None
         super().__init__(model, lr, momentum, weight_decay)
         self._weights = [param.data for param in self._params]
 
-    def begin(
-        self,
-        *,
-        lr: float | None = None,
-        prox: float = 0.0,
-        constant: Tensor | None = None,
-        only: Sequence[slice] | None = None,
-    ) -> None:
-        """See `SgdEngine.begin`; recordings know the constant by its address, and hold for one setting of the rest."""
-        if constant is not None:
-            if self._constant_copy is None:
-                self._constant_copy = torch.empty_like(constant)
-            constant = self._constant_copy.copy_(constant)
-        super().begin(lr=lr, prox=prox, constant=constant, only=only)
-        setting = (self._lr, prox, constant is None, tuple(self._moving))
-        self._recorded = self._recordings.pop(setting, {})
-        self._recordings[setting] = self._recorded
-        if len(self._recordings) > _KEPT_SETTINGS:
-            del self._recordings[next(iter(self._recordings))]
+    def _stored(self, constant: Tensor) -> Tensor:
+        """Return a copy at an address that recordings know."""
+        if self._constant_copy is None:
+            self._constant_copy = torch.empty_like(constant)
+        return self._constant_copy.copy_(constant)
 
     def _forget_momentum(self) -> None:
-        """In place: recordings know where it is."""
+        """Zero velocities in place, as recordings know where they are, and take the recordings of this setting."""
         for velocity in self._velocity.values():
             velocity.zero_()
+        setting = (self._lr, self._prox, self._constant is None, tuple(self._moving))
+        self._recorded = self._recordings[setting] = self._recordings.pop(setting, {})
+        if len(self._recordings) > _KEPT_SETTINGS:
+            del self._recordings[next(iter(self._recordings))]
 
     def _stack_of(self, n: int) -> Stack:
         if n not in self._recorded:

@@ -4,11 +4,9 @@ Most of a small client's time would go into moving a model of its own. A group's
 
     sum_k a_k (w_k - w) = -lr sum_i (a_k / n_k) g_i - lr d A w
 
-with the weights a_k, their sum A, the sample counts n_k, each sample's gradient g_i and the weight decay d. Momentum
-does nothing in a first step. No w_k is rounded to float32.
-
-The bits depend on the group's clients only: groups are cut by constants, and rows begin at multiples of 64 bytes,
-because a product's last bits may depend on that.
+with weights a_k and their sum A, sample counts n_k, gradients g_i by sample and weight decay d. No w_k is rounded to
+float32; momentum does nothing in a first step. The bits depend on the group's clients only: groups are cut by
+constants, and rows begin at multiples of 64 bytes, because a product's last bits may depend on that.
 
 Shapes: P vector entries (all of them trained: T = P), M clients of the group, N samples of all of them, C classes.
 """
@@ -92,13 +90,7 @@ class GroupEngine:
     """Takes the steps of groups of clients for a stack of Linear and ReLU on CPU."""
 
     def __init__(self, linears: Sequence[tuple[nn.Linear, bool]], lr: float, weight_decay: float) -> None:
-        """Over the layers of a flattened model.
-
-        Args:
-            linears: in order; True: a ReLU follows.
-            lr: step size.
-            weight_decay: >= 0.
-        """
+        """Over the layers of a flattened model, in order, and True where a ReLU follows."""
         self._linears, self._lr, self._weight_decay = linears, lr, weight_decay
         params = [param for linear, _ in linears for param in (linear.weight, linear.bias) if param is not None]
         self._sizes = [param.numel() for param in params]

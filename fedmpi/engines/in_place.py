@@ -1,4 +1,4 @@
-"""SGD steps of single weights, in place, as few calls as they can be.
+"""SGD steps of single weights, in place, in as few calls as possible.
 
 Gradients are sums over the n samples of a batch; the step divides by n. A product that is a gradient is formed within
 the very call that steps the weight (`addmm_` with alpha = -lr / n).
@@ -11,17 +11,17 @@ import bisect
 import torch
 from torch import Tensor, nn
 
-from fedmpi.engines.steps import SgdEngine
+from fedmpi.engines.steps import Engine
 
 
-class InPlaceSgd(SgdEngine):
+class InPlaceSgd(Engine):
     """Steps a weight along a gradient that is given, or that is a product not yet formed."""
 
     block_entries = 2**18
     """Entries of a weight that a core's cache holds beside the rest."""
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
-        """Over the trainable parameters of a flattened `model`; see `SgdEngine`."""
+        """Over the trainable parameters of a flattened `model`; see `Engine`."""
         super().__init__(model, lr, momentum, weight_decay)
         self._first = self._params[0]
         self._share = self._alpha = self._beta = 0.0
@@ -46,24 +46,16 @@ class InPlaceSgd(SgdEngine):
             (weight.mul_(self._beta) if self._weight_decay else weight).add_(gradient, alpha=self._alpha)
 
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
-        """Step `weight`, or a block of its rows, along -(`left` @ `right`), two matrices."""
+        """Step `weight`, a block of rows or a bias, along -(`left` @ `right`), a matrix and a matrix or vector."""
         if not self.moves(weight):
             return
         if self._momentum or self._explicit:
-            velocity = self._velocity_of(weight).addmm_(left, right, beta=self._momentum, alpha=self._share)
-            self._follow(weight, velocity)
+            velocity = self._velocity_of(weight)
+            add = velocity.addmm_ if weight.dim() == 2 else velocity.addmv_
+            self._follow(weight, add(left, right, beta=self._momentum, alpha=self._share))
         else:
-            weight.addmm_(left, right, beta=self._beta, alpha=self._alpha)
-
-    def add_sums(self, bias: Tensor, left: Tensor, ones: Tensor) -> None:
-        """Step `bias` along -(`left` @ `ones`), a matrix and a vector."""
-        if not self.moves(bias):
-            return
-        if self._momentum or self._explicit:
-            velocity = self._velocity_of(bias).addmv_(left, ones, beta=self._momentum, alpha=self._share)
-            self._follow(bias, velocity)
-        else:
-            bias.addmv_(left, ones, beta=self._beta, alpha=self._alpha)
+            add = weight.addmm_ if weight.dim() == 2 else weight.addmv_
+            add(left, right, beta=self._beta, alpha=self._alpha)
 
     def _start_of(self, weight: Tensor) -> int:
         return (weight.data_ptr() - self._first.data_ptr()) // weight.element_size()

@@ -47,7 +47,7 @@ class Linear:
         else:
             self._backward_blocks(first)
         if self._bias is not None:
-            self._sgd.add_sums(self._bias, self._dy_t, self._ones)
+            self._sgd.add_product(self._bias, self._dy_t, self._ones)
         return self._dx
 
     def _backward_blocks(self, first: bool) -> None:

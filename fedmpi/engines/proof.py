@@ -13,7 +13,7 @@ _KNOWN = (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why `model` is not known to be the plain stack of its layers; None: it is, whatever it is given.
+    """Return why `model` is not known to be the plain stack of its layers; None: it is, for any input.
 
     Known is a Sequential, nested or not, of exactly the layers that `FusedEngine` has, each in one place, all of whose
     parameters are trained, with nothing in the tree or in the process that could change what they do.
@@ -22,7 +22,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def cannot(model: nn.Module) -> str | None:
-    """Why the layers of `model` cannot be taken by hand, whatever its forward() does with them; None: they can."""
+    """Return why steps of the layers of `model` cannot be taken by hand, in whatever forward(); None: they can."""
     leaves = leaves_of(model)
     if not any(isinstance(layer, nn.Linear | nn.Conv2d) for layer in leaves):
         return "it has no Linear or Conv2d"
@@ -42,12 +42,12 @@ def cannot(model: nn.Module) -> str | None:
 
 
 def leaves_of(model: nn.Module) -> list[nn.Module]:
-    """Its layers in the order of registration, which is that of a Sequential's forward()."""
+    """Return the layers in the order of registration, which is that of a Sequential's forward()."""
     return [layer for layer in model.modules() if not list(layer.children())]
 
 
 def _odd_layer(layer: nn.Module) -> str | None:
-    """A setting that the fused engine does not know, or that contradicts the weights."""
+    """Return a setting that the fused engine does not know, or that contradicts the weights."""
     name = type(layer).__name__
     if list(layer._parameters) != _PARAMETERS.get(type(layer), []):
         return f"its {name} has other parameters than weight and bias, or in another order"
@@ -56,7 +56,7 @@ def _odd_layer(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.Conv2d):
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             return f"it has a Conv2d with padding {layer.padding!r}, {layer.padding_mode!r}"
-        if not all(_is_pair(each) for each in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)):
+        if not all(_is_pair(size) for size in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)):
             return "it has a Conv2d whose sizes are not pairs of integers"
         shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         return _odd_weights(layer, shape, layer.out_channels)
@@ -64,7 +64,7 @@ def _odd_layer(layer: nn.Module) -> str | None:
         if layer.return_indices:
             return "it has a MaxPool2d that returns indices"
         sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        if not all(type(each) is int or _is_pair(each) for each in sizes):
+        if not all(type(size) is int or _is_pair(size) for size in sizes):
             return "it has a MaxPool2d whose sizes are not integers"
     if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
         return "it has a Flatten of other dimensions than all but the first"
@@ -80,7 +80,7 @@ def _odd_weights(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], num_outpu
 
 
 def _is_pair(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(type(each) is int for each in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(type(size) is int for size in value)
 
 
 def _unproven(model: nn.Module) -> str | None:
@@ -105,7 +105,7 @@ def _unproven(model: nn.Module) -> str | None:
 
 
 def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every place in the tree, also of a module that has two."""
+    """Yield every place in the tree, also of a module that has two."""
     yield name, module
     if type(module) is nn.Sequential:
         for key, child in module._modules.items():

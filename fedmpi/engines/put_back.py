@@ -1,4 +1,4 @@
-"""A model as it was before a trial: its values, its plain attributes and the global random generators are put back."""
+"""Restoring of a model after a trial: its values, its plain attributes and the global random generators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedmpi.core.attributes import Attributes
 
 @contextlib.contextmanager
 def put_back(model: nn.Module) -> Iterator[Attributes]:
-    """Around a trial: afterwards the model, and the global random generators, are as before.
+    """Put the model, and the global random generators, back after a trial.
 
     Nothing is deep-copied: that fails for pruned models, and for those that keep an activation.
 

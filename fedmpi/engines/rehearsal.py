@@ -41,7 +41,7 @@ def rehearse(
     changed: list[str] = []
 
     def failure(size: int) -> Exception | None:
-        """Why a step on the first `size` samples fails; None: it does not."""
+        """Return the error of a step on the first `size` samples; None: it succeeds."""
         with put_back(model) as before:
             model.train()
             try:

@@ -6,6 +6,7 @@ Shapes: T trainable entries, at the front of the model's vector.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmpi.engines.groups import GroupEngine
 from fedmpi.lifecycle import progress
 
 
@@ -45,8 +47,18 @@ def batch_slices(n: int, batch_size: int, smallest: int = 1) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise([*starts, n])]
 
 
-class SgdEngine:
-    """w <- w - lr v with v <- momentum v + g + prox w + constant + weight_decay w: base of the engines."""
+class Engine(ABC):
+    """Takes the steps of one client's SGD with mean cross-entropy on the model it was made for.
+
+    w <- w - lr v with v <- momentum v + g + prox w + constant + weight_decay w.
+
+    Attributes:
+        runs_model: True if it calls the model, which may then draw random numbers and tell training from evaluation.
+        groups: takes the steps of a group of clients of one step; None: cannot.
+    """
+
+    runs_model: bool
+    groups: GroupEngine | None = None
 
     def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
         """Over the trainable parameters of `model`.
@@ -83,15 +95,26 @@ class SgdEngine:
         """
         self._lr = self._own_lr if lr is None else lr
         self._prox, self._pull = prox, prox + self._weight_decay
-        self._constant = constant
+        self._constant = None if constant is None else self._stored(constant)
         self._explicit = constant is not None or prox != 0  # the gradient has more terms than a plain step's
         self._moving, self._still = _select(self._params, self._starts, only)
         self._count, self._scale, self._unit_velocity = 0, 0.0, 0.0
         self._forget_momentum()
 
+    @abstractmethod
+    def epoch(self, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """Take one pass over (N, ...) inputs and (N,) labels as they lie, a step per batch.
+
+        Returns:
+            The batches' mean losses, each before its step.
+        """
+
     def steps(self) -> Steps:
         """Return the steps since `begin`."""
         return Steps(self._count, self._scale)
+
+    def _stored(self, constant: Tensor) -> Tensor:
+        return constant
 
     def _terms(self, weight: Tensor, start: int) -> Tensor:
         """Return (prox + weight_decay) w + constant, a new tensor, for a block of weights at place `start`."""
