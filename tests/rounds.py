@@ -9,7 +9,7 @@ from typing import Any
 import mpi4py.MPI
 import numpy as np
 import torch
-from fedmpi.data.partition_index import PartitionIndex
+from fedmpi.data.split import PartitionIndex
 from torch import Tensor, nn
 
 from fedmpi.algorithm import Algorithm, make

@@ -229,6 +229,6 @@ def unpack_updates(packed: NDArray[np.uint8]) -> list[ClientUpdate]:
     updates = []
     for client_id, num_samples, loss, seconds, finite, has, values in rows:
         told = zip(names, has, values, strict=True) if names else ()
-        reported = {name: value for name, given, value in told if given}
+        reported = {name: float(value) for name, given, value in told if given}
         updates.append(ClientUpdate(client_id, num_samples, loss, seconds, finite, reported))
     return updates
