@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from fedmpi.lifecycle.exits import abort_on_crash
     from fedmpi.lifecycle.progress import beat
+    from fedmpi.options import option
 
 
 _HOME = {
@@ -67,6 +68,7 @@ _HOME = {
     "beat": "lifecycle.progress",
     "load_dict": "data.split_file",
     "noniid_slicing": "data.partitioners",
+    "option": "options",
     "random_slicing": "data.partitioners",
     "run": "embedded",
     "save_dict": "data.split_file",
@@ -97,6 +99,7 @@ __all__ = [
     "beat",
     "load_dict",
     "noniid_slicing",
+    "option",
     "random_slicing",
     "run",
     "save_dict",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import fedmpi
+from fedmpi.algorithms import ALGORITHMS
 from tests.e2e.conftest import SMALL, clean_environment, under_open_mpi
 from tests.unit.test_package import README
 
@@ -23,7 +24,9 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = [line.split("#")[0].split("&&")[-1].strip() for block in BLOCKS for line in block.splitlines()]
 INLINE = re.findall(r"`((?:mpirun|python) [^`]*)`", README)
 COMMANDS = [
-    text for text in LINES + INLINE if re.match(r"(mpirun -n \d+ )?python -m fedmpi\.(fedavg|data\.prepare)", text)
+    text
+    for text in LINES + INLINE
+    if re.match(r"(mpirun -n \d+ )?python -m fedmpi(\.fedavg|\.data\.prepare| \w+ )", text)
 ]
 (LOOP,) = [line for line in LINES if line.startswith("while")]
 
@@ -56,8 +59,49 @@ def test_a_command_of_the_readme_runs(tmp_path, data_dir, command):
     """Each one trains for one round."""
     split = {k: np.arange(k * 1200, (k + 1) * 1200) for k in range(50)}
     (tmp_path / "split.pkl").write_bytes(pickle.dumps(split))
-    done = bash(f"{command} --rounds 1" if "fedavg" in command else command, tmp_path, data_dir)
+    done = bash(command if "prepare" in command else f"{command} --rounds 1", tmp_path, data_dir)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def own_algorithm() -> tuple[str, str]:
+    """README's algorithm of one's own, and the command that runs it."""
+    _, _, rest = README.partition("### Write your own algorithm\n")
+    section = re.split("^#+ ", rest, flags=re.MULTILINE)[0]
+    assert len(section.splitlines()) < 40
+    (source,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)\n```", section, re.DOTALL)
+    return source, command
+
+
+def test_the_readmes_own_algorithm_runs(job, tmp_path):
+    """On one rank and on three, to the same bits; without momentum it is FedAvg."""
+    source, command = own_algorithm()
+    (tmp_path / "mine.py").write_text(source)
+    num_ranks, spec, *options = re.fullmatch(r"mpirun -n (\d+) python -m fedmpi (\S+) (.*)", command).groups()
+    options = [*options[0].split(), *SMALL, "--client-lr", "0.05"]
+    runs = []
+    for n, more in ((1, ()), (int(num_ranks), ()), (2, ("--beta", "0"))):
+        folder = tmp_path / f"own-{n}"
+        words = [*options, *more, "--run-dir", str(folder)]
+        runs.append(job(n, *words, program=("-m", "fedmpi", spec), name=folder.name))
+    assert [run.code for run in runs] == [0, 0, 0], "".join(run.text for run in runs)
+    assert runs[0].bits() == runs[1].bits()
+    assert runs[0].history() == runs[1].history()
+    assert all(row["reported"]["moved"] > 0 for row in runs[0].rows())
+    plain = job(2, *SMALL, "--client-lr", "0.05", name="plain")
+    assert runs[2].bits() == plain.bits() != runs[0].bits()
+    told = job(1, "--help", program=("-m", "fedmpi", spec))
+    assert re.search(r"--beta X\s+momentum of the server \(default: 0\.9\)", told.out), told.text
+
+
+def test_the_readme_lists_the_algorithms():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*?) \|", README.partition("## Algorithms")[2], re.MULTILINE)
+    assert dict(rows[: len(ALGORITHMS)]) == {name: paper_of(entry.paper) for name, entry in ALGORITHMS.items()}
+
+
+def paper_of(text: str) -> str:
+    """Authors and year, which an entry ends with."""
+    return text.rpartition(", ")[2]
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "fedmpi"
 FLOORS = """
 __main__ bench
 embedded fedlab
-algorithms fedavg
+algorithms
+fedavg
 launch
 job
 algorithm
