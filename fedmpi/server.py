@@ -142,9 +142,10 @@ class Server:
         """
         ids, weights, _ = self._cohort(cohort, None, None)
         arrived = self._train(ids, weights, visit, Collect.ROWS)
-        flat = apply_rule(arrived.blocks, self._half.layout, self._half.flat, rule, "a rule of columns")
-        update = flat.to(torch.float64).sub_(self._half.flat)
-        result = Result(update, self._half.layout, self._note(arrived.updates, ids, weights[0]))
+        layout, sent = self._half.layout, self._half.flat.clone()
+        sent[layout.down.stop :].zero_()  # as clients get it
+        update = apply_rule(arrived.blocks, layout, sent, rule, "a rule of columns").to(torch.float64).sub_(sent)
+        result = Result(update, layout, self._note(arrived.updates, ids, weights[0]))
         assert arrived.sums is not None
         result.b.copy_(arrived.sums.mean(0).b)
         return self._decoded(result)

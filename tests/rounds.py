@@ -9,7 +9,6 @@ from typing import Any
 import mpi4py.MPI
 import numpy as np
 import torch
-from fedmpi.data.split import PartitionIndex
 from torch import Tensor, nn
 
 from fedmpi.algorithm import Algorithm, make
@@ -18,6 +17,7 @@ from fedmpi.core.record import RoundRecord
 from fedmpi.core.session import Session
 from fedmpi.data.client_data import ClientData
 from fedmpi.data.datasets import Dataset, Split
+from fedmpi.data.split import PartitionIndex
 from fedmpi.job import Halves, one_step_groups, start
 from fedmpi.mpi.comm import Comm
 from fedmpi.server import AlgorithmServer

@@ -113,8 +113,8 @@ class Everything(Algorithm[RunConfig]):
         s.state["total"] = total.w[:50].clone()
         s.state["reported"] = [*s.state.get("reported", []), mean.reported["noise"], total.reported["noise"]]
         median = s.columns(s.sample(4), self.client_update, lambda rows, sent: rows.median(0).values - 0 * sent)
-        other = s.model.copy()
-        other.w.copy_(median.w)
+        other = s.model.clone()
+        other.w.add_(median.w)
         two = s.mean(worst, self.client_update, send=[s.model, other], send_idx=np.array([0, 1, 1, 0, 1]))
         s.step("w", two.w, 0.1)
         rows = s.rows(worst[:2], self.client_update)
@@ -144,7 +144,7 @@ class Buckets(Algorithm[RunConfig]):
 
     def round(self, s):
         cohort = s.sample(NUM_CLIENTS)
-        other = s.model.copy()
+        other = s.model.clone()
         other.w.mul_(0.5)
         parts = s.mean(cohort, self.visit, buckets=cohort % 3, send=(s.model, other), send_idx=(cohort % 2))
         for part in parts:
@@ -259,7 +259,7 @@ class ByMean(Bursting):
 
 class ByColumns(Bursting):
     def round(self, s):
-        s.model.w.copy_(s.columns(range(NUM_CLIENTS), self.visit, lambda rows, sent: rows.mean(0)).w)
+        s.step("w", s.columns(range(NUM_CLIENTS), self.visit, lambda rows, sent: rows.mean(0)).w)
 
 
 class ByRows(Bursting):
@@ -288,7 +288,7 @@ class Empty(Algorithm[RunConfig]):
         for found in (s.mean([], self.visit), s.total([], self.visit), *s.mean([], self.visit, buckets=[])):
             for name in found:
                 s.step(name, found[name])
-        s.model.w.copy_(s.columns([], self.visit, lambda rows, sent: rows.mean(0)).w)
+        s.step("w", s.columns([], self.visit, lambda rows, sent: rows.mean(0)).w)
         assert s.rows([], self.visit) == {}
         assert s.ask([], self.visit) == {}
         assert torch.equal(before.view(torch.int32), s.model.flat.view(torch.int32))
