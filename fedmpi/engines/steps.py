@@ -94,7 +94,9 @@ class Engine(ABC):
             only: parts of the (T,) entries that move, the others keep their bits; None: all move.
         """
         self._lr = self._own_lr if lr is None else lr
-        self._prox, self._pull = prox, prox + self._weight_decay
+        self._prox, factor = prox, prox + self._weight_decay
+        self._factor = float(np.float32(factor))
+        self._factor_rest = factor - self._factor  # w's factor must match the constant's to the last digit: they cancel
         self._constant = None if constant is None else self._stored(constant)
         self._explicit = constant is not None or prox != 0  # the gradient has more terms than a plain step's
         self._moving, self._still = _select(self._params, self._starts, only)
@@ -119,9 +121,10 @@ class Engine(ABC):
     def _terms(self, weight: Tensor, start: int) -> Tensor:
         """Return (prox + weight_decay) w + constant, a new tensor, for a block of weights at place `start`."""
         if self._constant is None:
-            return weight * self._pull
+            return weight * self._factor
         part = self._constant[start : start + weight.numel()].view(weight.shape)
-        return torch.add(part, weight, alpha=self._pull)
+        terms = torch.add(part, weight, alpha=self._factor)
+        return terms.add_(weight, alpha=self._factor_rest) if self._factor_rest else terms
 
     def _forget_momentum(self) -> None:
         self._velocity.clear()
