@@ -61,7 +61,7 @@ class Holding(Own):
 class OfClass(Own):
     lr = 0.1
     def round(self, s):
-        OfClass.lr = s.round_idx + 0.1
+        OfClass.lr = s.round_idx + 0.2
         s.step("w", s.mean(s.sample(3), self.client_update).w)
     def client_update(self, k):
         k.sgd(lr=self.lr)
