@@ -363,8 +363,6 @@ class ClientVisitor:
     def evaluate(self, client_id: int) -> Metrics:
         """Return the metrics of the model at hand on a client's own samples; its buffers stay."""
         indices = self.data.partition[client_id]
-        if not len(indices):
-            return Metrics(math.nan, None, 0)
 
         def load(start: int, stop: int) -> tuple[Tensor, Tensor]:
             inputs, labels = self.data.take(indices[start:stop])

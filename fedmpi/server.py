@@ -160,10 +160,18 @@ class Server:
             client_id: Segments(row, self._half.layout) for client_id, row in zip(ids.tolist(), values, strict=True)
         }
 
-    def ask(self, clients: ArrayLike, visit: Visitation) -> Mapping[int, Mapping[str, float]]:
-        """Visit clients; return only the numbers that the visits reported, by client id."""
+    def ask(
+        self,
+        clients: ArrayLike,
+        visit: Visitation,
+        *,
+        send: Segments | Sequence[Segments] | None = None,
+        send_idx: ArrayLike | None = None,
+    ) -> Mapping[int, Mapping[str, float]]:
+        """Visit clients; return only the numbers that the visits reported, by client id; `send` as for `mean`."""
         ids, rows, _ = self._cohort(clients, None, None)
-        arrived = self._train(ids, rows, visit, Collect.NUMBERS)
+        vectors, chosen = self._sent(clients, send, send_idx)
+        arrived = self._train(ids, rows, visit, Collect.NUMBERS, vectors, send_idx=chosen)
         self._note(arrived.updates, ids, rows[0])
         return {update.client_id: dict(update.reported) for update in arrived.updates}
 
@@ -233,25 +241,12 @@ class Server:
         send: Segments | Sequence[Segments] | None, send_idx: ArrayLike | None, total: bool,
     ) -> Any:  # fmt: skip
         ids, rows, of_bucket = self._cohort(cohort, weights, buckets)
-        several = [] if send is None else [send] if isinstance(send, Segments) else list(send)
-        for part in several:
-            flat = part.flat if isinstance(part, Segments) else None
-            if flat is None or flat.dtype != torch.float32 or flat.shape != self.model.flat.shape:
-                found = f"{flat.dtype} {tuple(flat.shape)}" if flat is not None else f"a {type(part).__name__}"
-                raise ConfigError(
-                    f"send takes Segments of {len(self.model.flat)} float32, such as s.model.clone(), got {found}"
-                )
-        chosen = _aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
-        count = max(1, len(several))
-        if (chosen is None and count > 1) or (
-            chosen is not None and len(chosen) and not 0 <= chosen.min() <= chosen.max() < count
-        ):
-            raise ConfigError(f"send_idx must be one number in [0, {count}) per client: which of `send` it gets")
+        vectors, chosen = self._sent(cohort, send, send_idx)
         num_buckets = 1 if of_bucket is None else int(of_bucket.max(initial=0)) + 1
         if of_bucket is not None and of_bucket.min(initial=0) < 0:
             raise ConfigError(f"buckets must be integers >= 0, got {of_bucket.min()}")
         arrived = self._train(
-            ids, rows, visit, Collect.SUM, [part.flat for part in several],
+            ids, rows, visit, Collect.SUM, vectors,
             buckets=of_bucket, num_buckets=num_buckets, send_idx=chosen,
         )  # fmt: skip
         assert arrived.sums is not None
@@ -266,6 +261,26 @@ class Server:
                 summed[name].mul_(unit)
             results.append(self._decoded(Result(summed.flat, self._half.layout, reported)))
         return results[0] if of_bucket is None else results
+
+    def _sent(
+        self, cohort: ArrayLike, send: Segments | Sequence[Segments] | None, send_idx: ArrayLike | None
+    ) -> tuple[list[Tensor], IntArray | None]:
+        """Return the vectors that go down, none for `model`, and by ascending client which of them a client gets."""
+        several = [] if send is None else [send] if isinstance(send, Segments) else list(send)
+        for part in several:
+            flat = part.flat if isinstance(part, Segments) else None
+            if flat is None or flat.dtype != torch.float32 or flat.shape != self.model.flat.shape:
+                found = f"{flat.dtype} {tuple(flat.shape)}" if flat is not None else f"a {type(part).__name__}"
+                raise ConfigError(
+                    f"send takes Segments of {len(self.model.flat)} float32, such as s.model.clone(), got {found}"
+                )
+        chosen = _aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
+        count = max(1, len(several))
+        if (chosen is None and count > 1) or (
+            chosen is not None and len(chosen) and not 0 <= chosen.min() <= chosen.max() < count
+        ):
+            raise ConfigError(f"send_idx must be one number in [0, {count}) per client: which of `send` it gets")
+        return [part.flat for part in several], chosen
 
     def _units(self, weights: Weights, rows: IntArray) -> dict[str, float]:
         """Return what one of the integer weights is worth, by segment."""

@@ -69,5 +69,4 @@ class PowerOfChoice(FedAvg):
 
     def local_loss(self, k: Client) -> None:
         """Tell F_k(w), the mean loss over the client's samples."""
-        loss = k.evaluate().loss if k.num_samples else -math.inf
-        k.report(local_loss=math.inf if loss is None else loss)
+        k.report(local_loss=k.evaluate().loss if k.num_samples else -math.inf)

@@ -29,10 +29,10 @@ _LOSS_LIMIT = 2.0**17  # a sample's loss from here on counts as non-finite; so 2
 
 @dataclass(frozen=True)
 class Metrics:
-    """What evaluation of one model gave. `loss` is None when it is not finite."""
+    """What evaluation of one model gave: `loss` is inf when a sample's is not finite; both are NaN of no samples."""
 
     accuracy: float
-    loss: float | None
+    loss: float
     num_samples: int
 
 
@@ -96,8 +96,8 @@ class Evaluator:
 
 
 def metrics_of(sums: NDArray[np.int64]) -> Metrics:
-    """The metrics of the sum, over all ranks, of what `Evaluator.evaluate` returned; NaN of no samples."""
+    """The metrics of the sum, over all ranks, of what `Evaluator.evaluate` returned."""
     num_samples, correct, loss, non_finite = (int(value) for value in sums)
     if num_samples == 0:
         return Metrics(math.nan, math.nan, 0)
-    return Metrics(correct / num_samples, None if non_finite else loss / _LOSS_SCALE / num_samples, num_samples)
+    return Metrics(correct / num_samples, math.inf if non_finite else loss / _LOSS_SCALE / num_samples, num_samples)

@@ -167,7 +167,7 @@ class ServerLoop:
             num_samples=num_samples,
             train_loss=loss if num_samples and math.isfinite(loss) else None,
             accuracy=metrics.accuracy if metrics else None,
-            loss=metrics.loss if metrics else None,
+            loss=metrics.loss if metrics and math.isfinite(metrics.loss) else None,
             bytes_down=self._coordinator.bytes_down,
             bytes_up=self._coordinator.bytes_up,
             timings=self._timings.timings(metrics is not None),

@@ -81,11 +81,11 @@ class Poisoned(nn.Module):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e30])
-def test_a_loss_that_is_not_finite_is_none_and_the_accuracy_stays(value: float) -> None:
+def test_a_loss_that_is_not_finite_is_inf_and_the_accuracy_stays(value: float) -> None:
     sums = Evaluator(NUM_SAMPLES, load).evaluate(Poisoned(value), 0, 1)
     assert 0 < sums[3] <= NUM_SAMPLES % CHUNK_SIZE, "samples of the last chunk"
     metrics = metrics_of(sums)
-    assert metrics.loss is None
+    assert metrics.loss == math.inf
     assert 0 < metrics.accuracy < 1
     healthy = metrics_of(Evaluator(NUM_SAMPLES, load).evaluate(Poisoned(0.0), 0, 1))
     assert healthy.loss == pytest.approx(math.log(3), rel=1e-6)
