@@ -1,6 +1,6 @@
 """MimeLite with momentum: clients mix the server's momentum into their steps, and leave it as it is.
 
-    mpirun -n 11 python -m fedmpi mime_lite --dataset mnist --partition shards --server-momentum 0.9
+    mpirun -n 11 python -m fedmpi mime_lite --dataset mnist --partition shards --client-lr 0.01
 
 Source: Karimireddy et al., "Mime: mimicking centralized stochastic algorithms in federated learning", NeurIPS 2021,
 arXiv 2008.03606, algorithm 1 (MimeLite), with SGDm of its table 1 as the base optimizer.
