@@ -25,15 +25,22 @@ def sample_cohort(seed: int, num_clients: int, count: int) -> IntArray:
     return np.sort(np.random.default_rng(seed).choice(num_clients, count, replace=False, shuffle=False))
 
 
-def checked_cohort(cohort: ArrayLike, num_clients: int) -> tuple[IntArray, IntArray]:
+def checked_cohort(
+    cohort: ArrayLike, num_clients: int, rule: str = "a cohort is client ids in one row"
+) -> tuple[IntArray, IntArray]:
     """Return (K,) ascending client ids, and (K,) the places in `cohort` that they come from.
+
+    Args:
+        cohort: (K,) client ids in any order.
+        num_clients: ids are below.
+        rule: the beginning of the sentence that refuses anything else.
 
     Raises:
         ConfigError: they are no clients, or one of them comes twice.
     """
     ids = np.asarray(cohort)
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
-        raise ConfigError(f"a cohort is client ids in one row, got {ids.dtype} of shape {ids.shape}")
+        raise ConfigError(f"{rule}, got {ids.dtype} of shape {ids.shape}")
     ids = ids.astype(np.int64)
     order = np.argsort(ids, kind="stable")
     ascending = ids[order]

@@ -127,7 +127,8 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         """
         if self.weights is self._counts:
             self.weights = np.empty(0, np.int64)  # those of the round before
-        cohort, order = cohorts.checked_cohort(np.asarray(self.sample_clients()), self.num_clients)
+        rule = "sample_clients must return client ids"
+        cohort, order = cohorts.checked_cohort(self.sample_clients(), self.num_clients, rule)
         weights: Any = self.weights
         if isinstance(weights, Tensor):
             weights = weights.detach().cpu().numpy()
