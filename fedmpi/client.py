@@ -433,7 +433,8 @@ class ClientVisitor:
 
 def visits_of(cls: type[Any]) -> list[str]:
     """Return the names of an algorithm's methods, sorted: the place of one in this list travels in an order."""
-    return sorted(name for name in dir(cls) if not name.startswith("__") and callable(getattr(cls, name)))
+    names = (name for name in dir(cls) if not name.startswith("__") and name != "round")
+    return sorted(name for name in names if callable(getattr(cls, name)))
 
 
 def refuse_changes(algorithm: object, before: Attributes) -> None:

@@ -445,6 +445,7 @@ def test_a_visit_is_a_method_of_the_algorithm_and_all_else_is_refused_on_the_cal
             functools.partial(self.move),
             other.move,
             Toy.move,
+            self.round,
             s.sample,
             None,
             "move",
