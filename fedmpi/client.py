@@ -19,6 +19,7 @@ from fedmpi.core.attributes import Attributes
 from fedmpi.core.evaluate import Evaluator, Metrics, metrics_of
 from fedmpi.core.isolation import Isolation
 from fedmpi.core.memory_format import laid_out, memory_format_of
+from fedmpi.core.model_checks import check_model
 from fedmpi.core.order import IntArray, Order
 from fedmpi.core.seeding import Stream, derive_seed, seed_everything
 from fedmpi.core.segments import Extra, Segments
@@ -283,6 +284,7 @@ class ClientVisitor:
             ModelError: the model cannot be trained.
         """
         self.algorithm, self.data, self.config, self.seed = algorithm, data, config, config.seed
+        check_model(model)  # memory that two tensors share comes apart when they are moved
         self.model = model.to(device)
         self.layout = layout_of(self.model, algorithm.extra)
         self.back = flatten(self.model, self.layout)

@@ -155,7 +155,7 @@ class SentVectors:
     def bcast(self, order: Order, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Collective. Return the vectors that go with an order, on every rank."""
         if self._comm.size == 1:
-            return [self._as_sent(vector) for vector in vectors]
+            return [self._as_sent(vector).to(self._device) for vector in vectors]
         flags = order.changed.reshape(-1, len(self._segments)).tolist()
         while len(self._held) < len(flags):
             self._make_room()
