@@ -106,6 +106,12 @@ def _measure(net: Comm, options: argparse.Namespace, starts: dict[str, list[floa
             100 * rounds.idle_share, rounds.client_ms, "   noisy" if rounds.noisy else "",
         )  # fmt: skip
         _say("         engine %s; floor %s", rounds.engine, rounds.floor)
+        if rounds.grouped_s:
+            _say(
+                "         floor of %.3f s that takes 32 clients at a time: ratio %.3f (%.3f-%.3f)",
+                statistics.median(rounds.grouped_s), statistics.median(rounds.grouped_ratios),
+                min(rounds.grouped_ratios), max(rounds.grouped_ratios),
+            )  # fmt: skip
         figures["cases"][name] = {**vars(rounds), "ratios": ratios, "noisy": rounds.noisy}
     if SCALE in options.cases:
         figures[SCALE] = _scale(net, figures["limits"], options.largest)

@@ -38,6 +38,7 @@ class Rounds:
     Attributes:
         fedmpi_s: fedmpi's, one for each block.
         floor_s: the floor's, one for each block.
+        grouped_s: the floor's of clients of one step, 32 at a time, one for each block; empty: clients take more steps.
         accuracy: test accuracy after a block: fedmpi's, the floor's.
         evaluate_s: seconds of an evaluation, medians: fedmpi's, the floor's.
         idle_share: fedmpi's, in [0, 1].
@@ -48,6 +49,7 @@ class Rounds:
 
     fedmpi_s: list[float]
     floor_s: list[float]
+    grouped_s: list[float]
     accuracy: tuple[float, float]
     evaluate_s: tuple[float, float]
     idle_share: float
@@ -59,6 +61,11 @@ class Rounds:
     def ratios(self) -> list[float]:
         """Time of fedmpi over the floor's, block by block."""
         return [mine / floor for mine, floor in zip(self.fedmpi_s, self.floor_s, strict=True)]
+
+    @property
+    def grouped_ratios(self) -> list[float]:
+        """Time of fedmpi over the grouped floor's, block by block."""
+        return [own / floor for own, floor in zip(self.fedmpi_s, self.grouped_s, strict=False)]
 
     @property
     def noisy(self) -> bool:
@@ -105,7 +112,8 @@ class CaseBench:
 
     def run(self, pairs: int) -> Rounds:
         """Collective. `pairs` timed blocks of each in turns, after one of each that is not counted."""
-        fedmpi_s, floor_s, evaluate_s, records = [], [], [], Records()
+        fedmpi_s, floor_s, grouped_s, evaluate_s, records = [], [], [], [], Records()
+        one_step = int(self._partition.sizes.max()) <= self._config.batch_size
         for pair in range(pairs + 1):
             mine, records = self._block()
             floor, floor_evaluate_s, floor_accuracy = self._floor_block()
@@ -113,6 +121,9 @@ class CaseBench:
                 fedmpi_s.append(mine)
                 floor_s.append(floor)
                 evaluate_s.append((_evaluate_s(records), floor_evaluate_s))
+            if one_step:
+                grouped, *_ = self._floor_block(grouped=True)
+                grouped_s += [grouped] * bool(pair)
         visitor = self._halves.visitor
         client_ms = 0.0
         if visitor is not None:
@@ -129,6 +140,7 @@ class CaseBench:
         return Rounds(
             fedmpi_s,
             floor_s,
+            grouped_s,
             ((records[-1].accuracy or 0.0) if records else 0.0, floor_accuracy),
             (float(np.median([mine for mine, _ in evaluate_s])), float(np.median([floor for _, floor in evaluate_s]))),
             float(np.mean([record.timings["idle_share"] for record in records])) if records else 0.0,
@@ -159,17 +171,18 @@ class CaseBench:
         self._net.over = False  # the job goes on
         return sum(record.timings["round_s"] for record in records) / self._config.rounds, records
 
-    def _floor_block(self) -> tuple[float, float, float]:
+    def _floor_block(self, grouped: bool = False) -> tuple[float, float, float]:
         """Collective. The floor's rounds with the same cohorts: seconds a round and an evaluation, and the accuracy."""
         self._net.barrier()
         spent_ns, evaluate_ns, accuracy = 0, 0, 0.0
         if self._floor is not None:
             self._floor.vector.copy_(self._initial)
+            play = self._floor.grouped_round if grouped else self._floor.round
             begun = time.perf_counter_ns()
             for round_idx in range(self._config.rounds):
                 seed = derive_seed(self._config.seed, Stream.COHORT, round_idx)
                 cohort = sample_cohort(seed, self._config.num_clients, self._config.clients_per_round)
-                self._floor.round(cohort.tolist())
+                play(cohort.tolist())
                 trained = time.perf_counter_ns()
                 accuracy = self._floor.evaluate()
                 evaluate_ns += time.perf_counter_ns() - trained
