@@ -79,7 +79,7 @@ class Client:
 
     @property
     def back(self) -> Segments:
-        """What goes back to the server: begins as `sent`, with zeros in segments that only go up."""
+        """The vector that goes back to the server: begins as `sent`, with zeros in segments that only go up."""
         self.settle()
         self._fresh = False
         return self._back

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Halves:
-    """What this rank has of the algorithm; a lone rank has both."""
+    """Parts of the algorithm on this rank; a lone rank has both."""
 
     server: AlgorithmServer | None
     visitor: ClientVisitor | None

@@ -43,7 +43,7 @@ Weights = ArrayLike | Mapping[str, ArrayLike] | None
 
 
 class Result(Segments):
-    """What has come of an exchange, by segment.
+    """Result of an exchange, by segment.
 
     Attributes:
         reported: weighted means of what visits reported, by name.

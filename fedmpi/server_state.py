@@ -1,4 +1,4 @@
-"""What the server of an algorithm keeps from round to round, and from job to job."""
+"""State that the server of an algorithm keeps from round to round, and from job to job."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How fast this machine is, and how near to that a round comes."""
+"""Limits of this machine, and how near to them a round comes."""

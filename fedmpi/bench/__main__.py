@@ -145,7 +145,7 @@ def _say(line: str, *values: object) -> None:
 
 
 def _main(argv: Sequence[str]) -> int:
-    """What is typed: the cases, or one of the programs that start jobs of their own."""
+    """Run what is typed: the cases, or one of the programs that start jobs of their own."""
     if argv[:1] != ["soak"]:
         return main(argv)
     from fedmpi.bench import soak

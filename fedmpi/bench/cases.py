@@ -1,4 +1,4 @@
-"""What is measured: federations on MNIST whose rounds a bare loop takes too."""
+"""Cases to measure: federations on MNIST whose rounds a bare loop takes too."""
 
 from __future__ import annotations
 

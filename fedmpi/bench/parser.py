@@ -1,4 +1,4 @@
-"""How the bench's programs read their arguments: a mistake is one line, as everywhere."""
+"""Arguments of the bench's programs: a mistake is one line, as everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the round loop tells a benchmark."""
+"""Records of rounds, for a benchmark."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ FLOOR_RANKS = (1, 2)
 
 @dataclass(frozen=True)
 class Rounds:
-    """What a case came to, on the server; times are seconds a round.
+    """Figures of a case, on the server; times are seconds per round.
 
     Attributes:
         fedmpi_s: fedmpi's, one for each block.
@@ -69,7 +69,7 @@ class Rounds:
 
     @property
     def noisy(self) -> bool:
-        """Whether the floor's own times differ by more than a quarter."""
+        """Return True if the floor's own times differ by more than a quarter."""
         return max(self.floor_s) > 1.25 * min(self.floor_s)
 
 

@@ -1,4 +1,4 @@
-"""What a round costs beside training: against the number of clients, the length of the vector, and ranks by a model.
+"""Costs of a round beside training: against the number of clients, the length of the vector, and ranks by a model.
 
 Clients compute nothing here: each hands back the vector it got, so a round is order, broadcast, sum and server step.
 

@@ -40,7 +40,7 @@ _SLOWER = 1.25  # this much is noise
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a rank holds."""
+    """Memory, open files and threads of a rank."""
 
     memory_mb: float
     """Resident."""
@@ -54,7 +54,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """Result of a run."""
 
     model: str
     history: str
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _soak(folder: Path, options: argparse.Namespace) -> list[str]:
-    """What did not hold, a line each."""
+    """Return what did not hold, one line per finding."""
     begun = time.monotonic()
     alone = _Run(folder / "alone", options.ranks, options.rounds)
     early, late = alone.watch()
@@ -199,7 +199,7 @@ class _Run:
 
 
 def usage(pid: int) -> Usage:
-    """What a process holds."""
+    """Return the memory, open files and threads of a process."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return Usage(int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"]))

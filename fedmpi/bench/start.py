@@ -24,7 +24,7 @@ _LAUNCHERS = ("PMI", "OMPI", "PMIX", "PRTE", "MPI", "HYDRA", "SLURM")
 
 
 def launched_ranks() -> int:
-    """How many ranks this job has, as far as its launcher says before MPI starts; else 3."""
+    """Return the number of ranks of this job, as far as its launcher says before MPI starts; else 3."""
     names = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 3)
 

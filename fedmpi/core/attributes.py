@@ -73,7 +73,7 @@ class Attributes:
 
 
 class _Walk:
-    """What has been met on the way through the attributes."""
+    """Objects met on the way through the attributes."""
 
     def __init__(self, known: set[int], activations: bool) -> None:
         self.known, self.package, self.depth = known, "", 0

@@ -29,7 +29,7 @@ _LOSS_LIMIT = 2.0**17  # a sample's loss from here on counts as non-finite; so 2
 
 @dataclass(frozen=True)
 class Metrics:
-    """What evaluation of one model gave: `loss` is inf when a sample's is not finite; both are NaN of no samples."""
+    """Result of an evaluation: `loss` is inf when a sample's is not finite; both are NaN of no samples."""
 
     accuracy: float
     loss: float

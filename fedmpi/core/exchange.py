@@ -39,7 +39,7 @@ _LEAST = np.iinfo(np.int64).min
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What one rank did for an order, ready to be collected.
+    """Result of one rank for an order, ready to be collected.
 
     Attributes:
         updates: one for each client visited here.
@@ -62,7 +62,7 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class Arrived:
-    """What has come to the server; on the other ranks nothing has.
+    """Results that have come to the server; empty on the other ranks.
 
     Attributes:
         updates: of the whole cohort, in ascending order of client ids.

@@ -1,4 +1,4 @@
-"""How a batch of images should lie in memory."""
+"""Layout of a batch of images in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def memory_format_of(model: nn.Module) -> torch.memory_format:
 
 
 def needs_plain_layout(layer: nn.Conv2d) -> bool:
-    """Whether channels last gives it a wrong weight gradient on CPU: 1 x 1, strided, fewer than 8 input channels.
+    """Return True if channels last spoils its weight gradient on CPU: 1 x 1, strided, fewer than 8 input channels.
 
     There oneDNN writes past a buffer of its own (uxlfoundation/oneDNN#6035).
     """

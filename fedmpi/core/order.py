@@ -175,7 +175,7 @@ HEADER_SIZE = 1 + len(_INTEGERS) + len(_ARRAYS)
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client's visit came to.
+    """Result of one client's visit.
 
     Attributes:
         client_id: the client.

@@ -1,4 +1,4 @@
-"""Which trainer takes which client. The choice never changes a result, only how long the slowest trainer works."""
+"""Assignment of clients to trainers. The choice never changes a result, only how long the slowest trainer works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MEMORY = 0.8  # of what was seen up to the last round, this much counts in the 
 
 
 class CostModel:
-    """What training a client costs: base + samples x rate, fitted to the seconds that clients have taken.
+    """Cost of training a client: base + samples x rate, fitted to the seconds that clients have taken.
 
     Attributes:
         moments: (5,) all that was learnt: sums of 1, n, n^2, seconds, n x seconds.
@@ -73,7 +73,7 @@ def place(
 
 
 def is_pinned(cohort_size: int, num_trainers: int, num_clients: int) -> bool:
-    """Whether each client has a trainer of its own, so that there is nothing to balance."""
+    """Return True if each client has a trainer of its own, so that there is nothing to balance."""
     return num_trainers in (num_clients, cohort_size)
 
 

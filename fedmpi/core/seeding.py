@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a generator is for; two streams never share numbers."""
+    """Purpose of a generator; two streams never share numbers."""
 
     INIT = 0  # initial weights
     COHORT = 1  # which clients take part in a round

@@ -1,4 +1,4 @@
-"""Where the server's time of one round goes."""
+"""Parts of the server's time in one round."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def load_integer_state(model: nn.Module, state: NDArray[np.int64]) -> None:
 
 
 def model_facts(model: nn.Module) -> dict[str, object]:
-    """What must be alike on all ranks before a vector is sent: names, shapes, dtypes, and the frozen values."""
+    """Return what must be alike on all ranks before a vector is sent: names, shapes, dtypes, and the frozen values."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -31,7 +31,7 @@ from fedmpi.mpi.work_queue import WorkQueue
 
 @dataclass(frozen=True)
 class Visit:
-    """What a visit to a client came to, beside the vector that it left behind.
+    """Result of a visit to a client, beside the vector that it left behind.
 
     Attributes:
         num_samples: samples of the client.

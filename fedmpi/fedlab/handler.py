@@ -48,7 +48,7 @@ class ParameterServerBackendHandler(ABC):
 
     @abstractmethod
     def stop_condition(self) -> bool:
-        """Whether to send everybody home instead of starting another round."""
+        """Return True when training is finished."""
 
 
 class SyncParameterServerHandler(ParameterServerBackendHandler):
@@ -154,7 +154,7 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         return self.cohort
 
     def stop_condition(self) -> bool:
-        """Whether `rounds` rounds are done, or the last evaluation reached `target_accuracy`."""
+        """Return True once `rounds` rounds are done, or the last evaluation reached `target_accuracy`."""
         if self.round_idx >= self.rounds:
             return True
         return (
@@ -195,7 +195,7 @@ class SyncParameterServerHandler(ParameterServerBackendHandler):
         self.step(exact.mean())
 
     def needs(self) -> Literal["sum", "blocks", "rows"]:
-        """What has to arrive from the clients: their weighted sum, blocks of columns, or whole vectors."""
+        """Return what has to arrive from the clients: their weighted sum, blocks of columns, or whole vectors."""
         cls = type(self)
         if cls.update_model is not SyncParameterServerHandler.update_model:
             return "rows"

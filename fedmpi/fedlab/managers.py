@@ -144,7 +144,7 @@ class ServerManager(NetworkManager):
 
     @property
     def failure(self) -> FedmpiError | None:
-        """What ended the run, if it diverged."""
+        """The error that ended the run, if it diverged."""
         return self._session.loop.failure if self._session and self._session.loop else None
 
     def setup(self) -> None:

@@ -1,4 +1,4 @@
-"""How many cores this job's processes have on this node, which is rarely how many the machine has.
+"""Number of cores that this job's processes have on this node, which is rarely how many the machine has.
 
 Three things take cores away without changing `os.cpu_count()`: an affinity mask (taskset, a launcher that binds), a
 cgroup quota (containers), and a Slurm allocation that nothing enforces.

@@ -1,4 +1,4 @@
-"""Where a trainer computes: a GPU picked by its index among the trainers of its node, or the CPU with fixed threads.
+"""Device of a trainer: a GPU picked by its index among the trainers of its node, or the CPU with fixed threads.
 
 Indices are logical: `cuda:0` is the first GPU this process sees, whatever CUDA_VISIBLE_DEVICES says in whatever form
 (numbers, UUIDs, MIG names, a list cut at the first invalid entry, nothing); only torch and the driver read it. The
@@ -65,7 +65,7 @@ def local_trainer_index(node_ranks: Sequence[int], rank: int) -> int:
 
 
 def trainers_sharing(node_ranks: Sequence[int], rank: int, visible_count: int) -> int:
-    """How many trainers of the node pick the GPU that `rank` picks, if all see the same GPUs."""
+    """Return the number of trainers of the node that pick the GPU that `rank` picks, if all see the same GPUs."""
     trainers = max(1, sum(other != SERVER_RANK for other in node_ranks))
     return len(range(local_trainer_index(node_ranks, rank) % visible_count, trainers, visible_count))
 
@@ -131,7 +131,7 @@ def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
 
 def capability(device: torch.device | None = None) -> str:
-    """What decides the last bits besides torch and the threads: the GPU's model, or the CPU's vector unit and vendor.
+    """Return what decides the last bits beside torch and threads: the GPU's model, or the CPU's vector unit and vendor.
 
     The vendor counts because the matrix library picks its kernels by it too.
     """

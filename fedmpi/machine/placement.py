@@ -1,4 +1,4 @@
-"""Where a job runs: each rank's device, and whether a node has the cores for its ranks."""
+"""Machine of a job: each rank's device, and whether a node has the cores for its ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fedmpi.mpi.setup import everywhere, on_all, on_every_rank
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a job runs.
+    """Machine of a job.
 
     Attributes:
         device: this rank's.
