@@ -52,7 +52,11 @@ def pressed(folder: Path, module: str, *program: str, num_ranks: int = 0) -> sub
                 ("argparse", ("fedmpi", "fedavg", *SMALL), LINE),
                 ("numpy", ("fedmpi.data.prepare", "--dataset", "synthetic"), LINE),
                 ("fedmpi.launch", ("fedmpi.bench",), LINE),
-                ("fedmpi.options", ("fedmpi.data.prepare",), "interrupted: what was complete is kept, run it again"),
+                (
+                    "fedmpi.lifecycle.yaml_file",  # once the program has begun
+                    ("fedmpi.data.prepare", "--config", "options.yaml"),
+                    "interrupted: what was complete is kept, run it again",
+                ),
                 ("torch", FEDAVG, "interrupted (Ctrl-C) before the first round\n"),
                 ("torch._C", FEDAVG, "interrupted (Ctrl-C) before the first round\n"),
                 ("fedmpi.models.mlp", FEDAVG, "interrupted (Ctrl-C) before the first round\n"),
