@@ -74,6 +74,7 @@ def _end_others() -> None:
     with contextlib.suppress(KeyError, ValueError, OSError):
         pmi = int(os.environ["PMI_FD"])
         if "MPI_LOCALNRANKS" in os.environ and stat.S_ISSOCK(os.fstat(pmi).st_mode):
+            time.sleep(_SPEAKER_S)  # a launcher drops what it has not read from a rank's pipe when the abort comes
             os.write(pmi, f"cmd=abort exitcode={EXIT_INTERRUPTED}\n".encode())
             time.sleep(_SPEAKER_S)
 
