@@ -166,6 +166,8 @@ def _unlink(segments: list[_Found], shm: Path) -> Iterator[Path]:
                 if time.monotonic() > end:
                     return
                 time.sleep(0.01)
+            except OSError:  # no locks of the kernel here: two jobs could not take turns, so nothing is removed
+                return
         for found in segments:
             with contextlib.suppress(OSError):  # somebody was faster
                 about = os.stat(found.path.name, dir_fd=folder, follow_symlinks=False)

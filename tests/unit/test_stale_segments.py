@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -215,6 +217,18 @@ def test_jobs_that_start_together_take_turns(node):
         removed = [pool.submit(node.start_job) for _ in range(4)]
     assert sorted(name for names in removed for name in names.result()) == names
     assert list(node.shm.iterdir()) == []
+
+
+def test_where_the_kernel_has_no_locks_nothing_is_removed(node, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    segment = node.segment("mpich_shm_1")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert node.start_job() == set()
+    assert segment.exists()
+    monkeypatch.undo()
+    assert node.start_job() == {segment.name}
 
 
 def test_what_has_the_name_of_a_leftover_by_now_stays(node, monkeypatch):
