@@ -122,7 +122,7 @@ assert isinstance(error, ConfigError), error
 assert isinstance(raised(**small, client_lr=1e30, run_dir="a"), DivergedError)
 one = fedmpi.run(**small, run_dir="b")
 assert (one.exit_code, len(one.history)) == (0, 3)
-print("hash", one.model_hash)
+print(f"hash {one.model_hash}\\n", end="")  # in one write: ranks share a pipe
 """
 
 
