@@ -21,13 +21,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fedmpi.client import Batch, Client
 from fedmpi.config import RunConfig
 from fedmpi.core.segments import Extra, Segments
 from fedmpi.engines.steps import Steps
 from fedmpi.errors import ConfigError
-from fedmpi.server import Result, Server
-from fedmpi.server_state import ServerState
+from fedmpi.halves.client import Batch, Client
+from fedmpi.halves.server import Result, Server
+from fedmpi.halves.server_state import ServerState
 
 __all__ = ["Algorithm", "Batch", "Client", "Clip", "Result", "Segments", "Server", "ServerState", "Steps", "Transform"]
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from fedmpi.algorithm import Algorithm, make
-from fedmpi.client import ClientVisitor
 from fedmpi.config import RunConfig
 from fedmpi.core.coordinator import Grouping
 from fedmpi.core.isolation import put_back_note
@@ -28,6 +27,8 @@ from fedmpi.data.job_split import resolve_partition
 from fedmpi.data.split import PartitionIndex, map_split
 from fedmpi.engines import groups
 from fedmpi.errors import EXIT_DONE
+from fedmpi.halves.algorithm_server import AlgorithmServer
+from fedmpi.halves.visitor import ClientVisitor
 from fedmpi.imports import import_name
 from fedmpi.lifecycle.exits import say
 from fedmpi.lifecycle.policies import CheckpointPolicy, StopPolicy
@@ -47,7 +48,6 @@ from fedmpi.report.identity import functions_of, identity, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
-from fedmpi.server import AlgorithmServer
 from fedmpi.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def run_job(
         if watchdog is not None:
             watchdog.stop()
         if config.timeline:
-            spans = comm.gather_timeline()
+            spans = on_every_rank(comm, comm.timeline.end())
             on_root(comm, lambda: folder.write_timeline(chrome_trace(spans)) if folder else None)
         failure = session.loop.failure if session.loop else None
         outcome = outcome_of(code, folder.path if folder else None, halves.model, failure)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi.algorithm import Algorithm, make
-from fedmpi.client import ClientVisitor
 from fedmpi.core.record import RoundRecord
 from fedmpi.core.session import Session
 from fedmpi.data.client_data import ClientData
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.split import PartitionIndex
+from fedmpi.halves.algorithm_server import AlgorithmServer
+from fedmpi.halves.visitor import ClientVisitor
 from fedmpi.job import Halves, one_step_groups, start
 from fedmpi.mpi.comm import Comm
-from fedmpi.server import AlgorithmServer
 
 CPU = torch.device("cpu")
 

@@ -21,12 +21,12 @@ from fedmpi.data.client_data import ClientData, Samples, test_evaluator
 from fedmpi.data.datasets import load_dataset
 from fedmpi.engines.steps import Steps
 from fedmpi.fedavg import FedAvg
+from fedmpi.halves.algorithm_server import AlgorithmServer
 from fedmpi.job import Halves, build_halves, initial_model, one_step_groups, share_partition, start
 from fedmpi.machine.placement import find_machine
 from fedmpi.mpi.buffers import Form
 from fedmpi.mpi.comm import Comm
 from fedmpi.mpi.setup import on_all, on_every_rank
-from fedmpi.server import AlgorithmServer
 
 FLOOR_RANKS = (1, 2)
 

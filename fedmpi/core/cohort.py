@@ -6,12 +6,13 @@ Shapes: K clients in the cohort.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fedmpi.core.order import IntArray
+from fedmpi.core.order import ClientUpdate, IntArray
 from fedmpi.errors import ConfigError
 
 
@@ -61,3 +62,28 @@ def weight_unit(given: Any, integers: IntArray) -> float:
     largest = float(np.max(np.asarray(given, np.float64), initial=0.0))
     most = int(integers.max(initial=0))
     return 1.0 if largest == most or not most else largest / most
+
+
+def aligned(values: ArrayLike | None, order: IntArray, name: str) -> IntArray | None:
+    """Return integers per client, in ascending order of client ids."""
+    if values is None:
+        return None
+    given = np.asarray(values)
+    if given.shape != order.shape or (given.dtype.kind not in "iu" and given.size):
+        raise ConfigError(
+            f"{name} must be one integer for each of {len(order)} clients, got {given.dtype} {given.shape}"
+        )
+    return given.astype(np.int64)[order]
+
+
+def reported_means(updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
+    """Return the weighted means of what visits of these clients reported, by name; NaN if the weights are 0."""
+    weight_of = dict(zip(ids.tolist(), weights.tolist(), strict=True))
+    inside = [update for update in updates if update.client_id in weight_of]
+    means = {}
+    for name in sorted({name for update in inside for name in update.reported}):
+        numbers = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
+        told = [(weight, value) for weight, value in numbers if weight]  # 0 x NaN would be NaN
+        whole = sum(weight for weight, _ in told)
+        means[name] = math.fsum(weight * value for weight, value in told) / whole if whole else math.nan
+    return means

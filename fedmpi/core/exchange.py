@@ -59,6 +59,14 @@ class LocalWork:
     metrics: IntArray = field(default_factory=lambda: np.zeros(4, np.int64))
     stop: int = 0
 
+    @classmethod
+    def empty(cls, layout: Layout, sent: Sequence[Tensor], order: Order) -> LocalWork:
+        """Return the work of a rank that has visited nobody yet: room for the sums or rows that travel."""
+        if order.code != MessageCode.PARAMETER_UPDATE or order.collect == Collect.NUMBERS:
+            return cls()
+        row_size = layout.up.stop - layout.up.start if order.collect == Collect.ROWS else 0
+        return cls(sums=UpdateSums(layout, sent, order), row_size=row_size)
+
 
 @dataclass(frozen=True)
 class Arrived:

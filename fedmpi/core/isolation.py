@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fedmpi.core.attributes import Attributes
@@ -52,7 +51,7 @@ class Isolation:
         self._attributes.put_back(seed)
 
     def check(self) -> None:
-        """See that training has written to the model's tensors and replaced none.
+        """See that the forward has written to the model's tensors and replaced none.
 
         Raises:
             ModelError: names the tensor.
@@ -86,12 +85,3 @@ class Isolation:
             load()
 
         return renew
-
-    def check_after_evaluation(self) -> None:
-        """See that evaluation has replaced no tensor of the model.
-
-        Raises:
-            ModelError: names the tensor.
-        """
-        with torch.no_grad():
-            check_views(self._model, self._vector)

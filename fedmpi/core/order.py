@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from fedmpi.errors import LaunchError, TransferError
 from fedmpi.mpi.buffers import described
 
-SERVER_RANK = 0
 _MAGIC = 0x4645444D5049_04  # FEDMPI, layout version 4
 
 IntArray = NDArray[np.int64]

@@ -123,14 +123,14 @@ class ServerLoop:
 
     def _round(self) -> Metrics | None:
         half, vector = self._half, self._half.flat[self._half.layout.vector]
-        before = vector.clone()
+        buffers = vector[half.layout["b"].start - half.layout.vector.start :]
+        before = buffers.clone()
         self._coordinator.begin_round()
         with self._comm.timeline.span("round"):
             half.play_round()
         check_views(half.model, vector)
         finite = torch.isfinite(vector)
-        b = half.layout["b"].start - half.layout.vector.start
-        finite[b:] |= vector[b:].view(torch.int32) == before[b:].view(torch.int32)  # a mask of -inf
+        finite[len(vector) - len(buffers) :] |= buffers.view(torch.int32) == before.view(torch.int32)  # a mask of -inf
         if not bool(finite.all()):
             raise DivergedError(
                 f"the global model is not finite after round {half.round_idx}: lower --server-lr or --client-lr"

@@ -16,11 +16,10 @@ from torch import Tensor
 from fedmpi.core.coordinator import Coordinator, Grouping
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exchange import Exchange, LocalWork
-from fedmpi.core.order import Collect, IntArray, MessageCode, Order
+from fedmpi.core.order import IntArray, MessageCode, Order
 from fedmpi.core.record import Observer
 from fedmpi.core.segments import Layout
 from fedmpi.core.server_loop import ServerHalf, ServerLoop
-from fedmpi.core.sums import UpdateSums
 from fedmpi.core.timings import RoundTimings
 from fedmpi.core.vector import model_facts
 from fedmpi.core.worker import Visitor, Worker
@@ -160,10 +159,7 @@ class Session:
         self._timings.sent()
         if self._worker is not None:
             return self._worker.local_work(order, sent)
-        if order.code != MessageCode.PARAMETER_UPDATE or order.collect == Collect.NUMBERS:
-            return LocalWork()
-        width = self._layout.up.stop - self._layout.up.start if order.collect == Collect.ROWS else 0
-        return LocalWork(sums=UpdateSums(self._layout, sent, order), row_size=width)
+        return LocalWork.empty(self._layout, sent, order)
 
     def _compare_devices(self) -> None:
         device = self._device or torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmpi.core.exactsum import ExactSum, Reference
 from fedmpi.core.order import Collect, Order
-from fedmpi.core.segments import Layout, Segment, Segments
+from fedmpi.core.segments import Layout, Segments
 from fedmpi.mpi.comm import Comm
 from fedmpi.mpi.tree import sum_bins
 
@@ -85,9 +85,5 @@ class UpdateSums:
         result = Segments.zeros(self._layout, torch.float64)
         for segment in self._segments:
             exact = self._sums[bucket, segment.name]
-            _fill(result, segment, exact.total() if total else exact.mean())
+            result.flat[segment.columns] = (exact.total() if total else exact.mean()).cpu()
         return result
-
-
-def _fill(result: Segments, segment: Segment, values: Tensor) -> None:
-    result.flat[segment.columns] = values.cpu()

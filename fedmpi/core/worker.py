@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from fedmpi.core.evaluate import Evaluator
 from fedmpi.core.exchange import LocalWork
 from fedmpi.core.isolation import Isolation
-from fedmpi.core.order import ClientUpdate, Collect, IntArray, MessageCode, Order
+from fedmpi.core.order import ClientUpdate, Collect, MessageCode, Order
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.segments import Layout
-from fedmpi.core.sums import UpdateSums
 from fedmpi.core.vector import integer_state
 from fedmpi.errors import ConfigError
 from fedmpi.lifecycle.signals import StopSignals
@@ -109,21 +108,16 @@ class Worker:
         return dataclasses.replace(work, stop=self._signals.received) if self._signals else work
 
     def _visit_all(self, order: Order, sent: list[Tensor]) -> LocalWork:
-        layout = self._visitor.layout
-        sums = UpdateSums(layout, sent, order) if order.collect != Collect.NUMBERS else None
-        width = layout.up.stop - layout.up.start if order.collect == Collect.ROWS else 0
-        work = LocalWork(sums=sums, row_size=width)
-        states: list[IntArray] = []
+        work = LocalWork.empty(self._visitor.layout, sent, order)
         for client_ids in self._units(order):
-            states += self._visit_unit(order, sent, client_ids, work)
+            work = self._visit_unit(order, sent, client_ids, work)
         self._comm.activity = f"round {order.round_idx}"
         self._visitor.end_order(order, sent)
-        largest = np.max(np.stack(states), 0) if states and len(order.integers) else work.integers
-        return dataclasses.replace(work, integers=largest)
+        return work
 
-    def _visit_unit(self, order: Order, sent: list[Tensor], client_ids: list[int], work: LocalWork) -> list[IntArray]:
+    def _visit_unit(self, order: Order, sent: list[Tensor], client_ids: list[int], work: LocalWork) -> LocalWork:
         """Visit the clients of a unit; those whose only step was put off take it together."""
-        states, deferred = [], []
+        deferred = []
         for client_id in client_ids:
             started = time.perf_counter()
             visit = self._visit(order, sent, client_id, may_defer=order.collect != Collect.ROWS)
@@ -131,9 +125,9 @@ class Worker:
             if visit.deferred and order.collect == Collect.SUM:
                 deferred.append((client_id, visit, seconds))
             else:
-                states.append(self._hand_in(order, client_id, visit, started, work))
+                work = self._hand_in(order, client_id, visit, started, work)
         if not deferred:
-            return states
+            return work
         ids = [client_id for client_id, _, _ in deferred]
         started = time.perf_counter()
         self._comm.activity = f"clients {', '.join(map(str, ids))}, round {order.round_idx}"
@@ -151,16 +145,16 @@ class Worker:
             else:  # one of them is not finite, or too large for the sum: each by itself, so that it is named
                 started = time.perf_counter()
                 alone = self._visit(order, sent, client_id, may_defer=False)
-                states.append(self._hand_in(order, client_id, alone, started, work))
-        return states
+                work = self._hand_in(order, client_id, alone, started, work)
+        return work
 
     def _visit(self, order: Order, sent: list[Tensor], client_id: int, may_defer: bool) -> Visit:
         self._comm.activity = f"client {client_id}, round {order.round_idx}"
         with self._comm.timeline.span(f"client {client_id}"):
             return self._visitor.visit(order, client_id, sent[order.send_of(order.place_of(client_id))], may_defer)
 
-    def _hand_in(self, order: Order, client_id: int, visit: Visit, started: float, work: LocalWork) -> IntArray:
-        """Add what a visit left behind to this rank's work; return the model's integer buffers."""
+    def _hand_in(self, order: Order, client_id: int, visit: Visit, started: float, work: LocalWork) -> LocalWork:
+        """Return this rank's work with what a visit left behind."""
         back, layout = self._visitor.back, self._visitor.layout
         finite = True
         if work.sums is not None:
@@ -172,7 +166,12 @@ class Worker:
         seconds = time.perf_counter() - started
         update = ClientUpdate(client_id, visit.num_samples, visit.loss, seconds, int(finite), visit.reported)
         work.updates.append(update)
-        return integer_state(self._visitor.model) if len(order.integers) else order.integers
+        if not len(order.integers):
+            return work
+        integers = integer_state(self._visitor.model)
+        return dataclasses.replace(
+            work, integers=np.maximum(work.integers, integers) if len(work.integers) else integers
+        )
 
     def _units(self, order: Order) -> Iterator[list[int]]:
         """Yield the units placed on this rank, or those that it draws from the queue, as client ids."""
@@ -203,5 +202,5 @@ class Worker:
         renew = visitor.isolation.renewal(vector, order.integers, seed_of)
         with self._comm.timeline.span("evaluate"):
             metrics = self._evaluator.evaluate(visitor.model, share, self._comm.num_trainers, renew)
-        visitor.isolation.check_after_evaluation()
+        visitor.isolation.check()
         return LocalWork(metrics=metrics)

@@ -28,7 +28,7 @@ from fedmpi.mpi.setup import require_form
 from fedmpi.mpi.single_copy import avoid_single_copy
 from fedmpi.mpi.stale_segments import remove_leftovers
 from fedmpi.mpi.streams import settle, tell
-from fedmpi.mpi.timeline import Span, Timeline
+from fedmpi.mpi.timeline import Timeline
 from fedmpi.mpi.waiting import Pending, Waiting
 
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI: our window is shared memory; UCX's only complains
@@ -223,11 +223,6 @@ class Comm:
         """Collective. Return the ranks' values, by rank, on every rank."""
         self.barrier()
         return self._comm.allgather(value)
-
-    def gather_timeline(self) -> list[tuple[str, list[Span]]]:
-        """Collective. Return every rank's host and spans, on the server, after the last round; elsewhere nothing."""
-        self.barrier()
-        return self._comm.gather(self.timeline.end(), SERVER_RANK) or []
 
     def split(self, group: int) -> Self:
         """Collective. Return a communicator of the ranks that pass the same `group`, in the order of this one."""

@@ -23,7 +23,7 @@ SERVER, TRAINER, ALL = "0", "1", "any"
 POINTS = [
     # rank, where, which passage
     (SERVER, "/fedmpi.lifecycle.checkpoint:write_state", 3),
-    (TRAINER, ">fedmpi.client:ClientVisitor.visit", 4),
+    (TRAINER, ">fedmpi.halves.visitor:ClientVisitor.visit", 4),
     # the rest with .ci/long
     (SERVER, ">fedmpi.report.run_folder:RunFolder.on_round", 5),
     (ALL, "<fedmpi.core.exchange:collect", 5),
@@ -32,13 +32,13 @@ POINTS = [
     (ALL, "<fedmpi.core.exchange:SentVectors.bcast", 7),
     (ALL, ">fedmpi.mpi.comm:Comm.receive", 20),
     (ALL, ">fedmpi.core.exchange:SentVectors.bcast", 8),
-    (TRAINER, "<fedmpi.client:ClientVisitor.visit", 5),
+    (TRAINER, "<fedmpi.halves.visitor:ClientVisitor.visit", 5),
     (TRAINER, ">fedmpi.engines.fused:FusedEngine.epoch", 3),
     (ALL, "<fedmpi.mpi.tree:gather_records", 8),
     (ALL, "<fedmpi.mpi.tree:sum_bins", 3),
     (ALL, ">fedmpi.core.exchange:collect", 7),
-    (SERVER, "<fedmpi.server:Server.step", 7),
-    (SERVER, ">fedmpi.server:Server.step", 7),
+    (SERVER, "<fedmpi.halves.server:Server.step", 7),
+    (SERVER, ">fedmpi.halves.server:Server.step", 7),
     (TRAINER, "<fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (TRAINER, ">fedmpi.core.evaluate:Evaluator.evaluate", 3),
     (SERVER, "<fedmpi.report.history:History.on_round", 4),

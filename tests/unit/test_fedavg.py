@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmpi.algorithm import Algorithm, Client, Server
-from fedmpi.client import ClientVisitor
 from fedmpi.config import RunConfig
 from fedmpi.core.cohort import sample_cohort
 from fedmpi.core.exactsum import ExactSum
@@ -25,6 +24,7 @@ from fedmpi.data.client_data import ClientData, Samples
 from fedmpi.engines.steps import Steps
 from fedmpi.errors import ConfigError, ModelError
 from fedmpi.fedavg import FedAvg
+from fedmpi.halves.visitor import ClientVisitor
 from tests.unit.tiny import (
     CPU,
     dense,

@@ -20,8 +20,7 @@ fedavg
 launch
 job
 algorithm
-server
-client server_state
+halves
 outcome
 report
 data

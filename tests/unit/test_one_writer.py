@@ -17,11 +17,11 @@ from torch import nn
 from fedmpi.config import RunConfig
 from fedmpi.errors import CheckpointError, FedmpiError, FilesystemError
 from fedmpi.fedavg import FedAvg
+from fedmpi.halves.algorithm_server import AlgorithmServer
 from fedmpi.lifecycle.lock import FileLock
 from fedmpi.report import run_folder
 from fedmpi.report.history import History, read_history
 from fedmpi.report.run_folder import RunFolder
-from fedmpi.server import AlgorithmServer
 from tests.unit.test_files import claim
 from tests.unit.test_report import DATA, MADE_WITH, RECORD
 

@@ -25,6 +25,7 @@ from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.split import PartitionIndex
 from fedmpi.errors import CheckpointError, ConfigError, FilesystemError
 from fedmpi.fedavg import FedAvg
+from fedmpi.halves.algorithm_server import AlgorithmServer
 from fedmpi.lifecycle.checkpoint import snapshot, write_state
 from fedmpi.options import parse, result_hash
 from fedmpi.report import progress, run_folder
@@ -32,7 +33,6 @@ from fedmpi.report.banner import banner
 from fedmpi.report.history import History, check_history, read_history
 from fedmpi.report.progress import Progress
 from fedmpi.report.run_folder import RunFolder
-from fedmpi.server import AlgorithmServer
 
 RECORD = RoundRecord(
     round_idx=0,

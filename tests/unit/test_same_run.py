@@ -21,13 +21,13 @@ from fedmpi.data.split import PartitionIndex
 from fedmpi.data.split_file import Manifest, write_partition
 from fedmpi.errors import ConfigError
 from fedmpi.fedavg import FedAvg
+from fedmpi.halves.algorithm_server import AlgorithmServer
 from fedmpi.options import option, parse
 from fedmpi.report.history import flat_rows
 from fedmpi.report.identity import identity, model_parts, sources
 from fedmpi.report.progress import Progress
 from fedmpi.report.provenance import input_record, split_record
 from fedmpi.report.run_folder import RunFolder
-from fedmpi.server import AlgorithmServer
 from tests.unit.test_report import DATA, MADE_WITH, RECORD
 
 

@@ -17,7 +17,7 @@ from fedmpi.config import RunConfig
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.errors import ConfigError
 from fedmpi.fedavg import FedAvg
-from fedmpi.server import AlgorithmServer
+from fedmpi.halves.algorithm_server import AlgorithmServer
 from tests.unit.tiny import SIZES, Job, network, plain, play
 
 N = len(SIZES)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi.algorithm import Algorithm, make
-from fedmpi.client import ClientVisitor, visits_of
 from fedmpi.config import RunConfig
 from fedmpi.core.order import IntArray, MessageCode, Order
 from fedmpi.core.record import RoundRecord
@@ -21,8 +20,10 @@ from fedmpi.data.client_data import ClientData, test_evaluator
 from fedmpi.data.datasets import Dataset, Split
 from fedmpi.data.split import PartitionIndex
 from fedmpi.fedavg import FedAvg
+from fedmpi.halves.algorithm_object import visits_of
+from fedmpi.halves.algorithm_server import AlgorithmServer
+from fedmpi.halves.visitor import ClientVisitor
 from fedmpi.job import Halves, one_step_groups, start
-from fedmpi.server import AlgorithmServer
 
 CPU = torch.device("cpu")
 SIZES = [8, 1, 12, 4]

@@ -62,7 +62,7 @@ def test_it_is_autograd_through_the_clients_own_step() -> None:
 
 def test_the_batches_of_a_step_come_in_three_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     """D' as FedAvg's batches, D and D'' in orders of their own; the step of batch i uses the i-th of each."""
-    from fedmpi.client import Client
+    from fedmpi.halves.client import Client
 
     seen: list[list[int]] = []
     real = Client.gradient

@@ -1,39 +1,34 @@
-"""The server's half of an algorithm: what an author sees in a round, and the state that a checkpoint keeps.
+"""The server in one round, as an author sees it.
 
 Shapes: V entries of a flat vector, K clients in the cohort, N clients.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedmpi.client import AnyAlgorithm, refuse_changes, visits_of
-from fedmpi.config import RunConfig
-from fedmpi.core.attributes import Attributes
-from fedmpi.core.cohort import checked_cohort, sample_cohort, weight_unit
+from fedmpi.core.cohort import aligned, checked_cohort, reported_means, sample_cohort, weight_unit
 from fedmpi.core.columns import apply_rule, whole_rows
 from fedmpi.core.coordinator import Coordinator
-from fedmpi.core.evaluate import Metrics
 from fedmpi.core.exactsum import integer_weights
 from fedmpi.core.exchange import Arrived
 from fedmpi.core.order import ClientUpdate, Collect, IntArray
 from fedmpi.core.seeding import Stream, derive_seed
 from fedmpi.core.segments import Layout, Segments
-from fedmpi.core.vector import flatten, integer_state, layout_of, load_integer_state
-from fedmpi.errors import CheckpointError, ConfigError
-from fedmpi.server_state import ServerState
+from fedmpi.core.vector import load_integer_state
+from fedmpi.errors import ConfigError
+from fedmpi.halves.algorithm_object import visits_of
 
 if TYPE_CHECKING:
-    from fedmpi.client import Client
+    from fedmpi.halves.algorithm_server import AlgorithmServer
+    from fedmpi.halves.client import Client
 
 Visitation = Callable[["Client"], None]
 """A bound method of the algorithm that takes a client."""
@@ -203,7 +198,7 @@ class Server:
             rows = [self._weights(weights[name], order) if name in weights else sizes for name in names]
         else:
             rows = [sizes if weights is None else self._weights(weights, order)]
-        return ids, np.stack([integer_weights(row) for row in rows]), _aligned(buckets, order, "buckets")
+        return ids, np.stack([integer_weights(row) for row in rows]), aligned(buckets, order, "buckets")
 
     def _weights(self, weights: ArrayLike, order: IntArray) -> NDArray[Any]:
         given = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights)
@@ -255,7 +250,7 @@ class Server:
         results = []
         for bucket in range(num_buckets):
             inside = np.ones(len(ids), bool) if of_bucket is None else of_bucket == bucket
-            reported = _means(arrived.updates, ids[inside], rows[0][inside])
+            reported = reported_means(arrived.updates, ids[inside], rows[0][inside])
             summed = arrived.sums.total(bucket) if total else arrived.sums.mean(bucket)
             for name, unit in units.items():
                 summed[name].mul_(unit)
@@ -274,7 +269,7 @@ class Server:
                 raise ConfigError(
                     f"send takes Segments of {len(self.model.flat)} float32, such as s.model.clone(), got {found}"
                 )
-        chosen = _aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
+        chosen = aligned(send_idx, checked_cohort(cohort, self.num_clients)[1], "send_idx")
         count = max(1, len(several))
         if (chosen is None and count > 1) or (
             chosen is not None and len(chosen) and not 0 <= chosen.min() <= chosen.max() < count
@@ -294,7 +289,7 @@ class Server:
 
     def _note(self, updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
         """Return the weighted means of what the visits of an exchange reported, and keep them for the history."""
-        means = _means(updates, ids, weights)
+        means = reported_means(updates, ids, weights)
         self._half.reported = {**self._half.reported, **means}
         return means
 
@@ -302,100 +297,3 @@ class Server:
         for transform in reversed(self._half.algorithm.transforms):
             transform.decode(self, result)
         return result
-
-
-class AlgorithmServer:
-    """The server's half of an algorithm over the rounds of a run; see `core.server_loop.ServerHalf`."""
-
-    def __init__(self, algorithm: AnyAlgorithm, model: nn.Module, config: RunConfig) -> None:
-        """Take over `model`, the initial global model."""
-        self.algorithm, self.model, self.config, self.seed = algorithm, model, config, config.seed
-        self.layout = layout_of(model, algorithm.extra)
-        self.flat = flatten(model, self.layout)
-        self.state = ServerState()
-        self.round_idx = 0
-        self.metrics: Metrics | None = None
-        self.reported: Mapping[str, float] = {}
-        self.coordinator: Coordinator | None = None
-        own = type(algorithm).__module__.partition(".")[0] == "fedmpi"
-        self._attributes = None if own or config.leak_check == "off" else Attributes(model, algorithm)
-
-    def play_round(self) -> None:
-        """Collective, as the server. Run the algorithm's round."""
-        assert self.coordinator is not None
-        self.reported = {}
-        self.algorithm.round(Server(self, self.coordinator))
-        self.check_algorithm()
-
-    def check_algorithm(self) -> None:
-        """See that the algorithm's object is what it was: before visits, which find another rank's.
-
-        Raises:
-            ConfigError: names the attributes that have changed.
-        """
-        if self._attributes is not None:
-            refuse_changes(self.algorithm, self._attributes)
-        self.state.check()
-
-    def finished(self) -> bool:
-        """Return True once --rounds are done, or the last evaluation reached --target-accuracy."""
-        target = self.config.target_accuracy
-        reached = target is not None and self.metrics is not None and self.metrics.accuracy >= target
-        return self.round_idx >= self.config.rounds or reached
-
-    def integer_state(self) -> IntArray:
-        """Return the global model's integer buffers."""
-        return integer_state(self.model)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the server's half; nothing is copied."""
-        return {
-            "round_idx": self.round_idx,
-            "vector": self.flat,
-            "integers": self.integer_state(),
-            "metrics": dataclasses.astuple(self.metrics) if self.metrics else None,
-            "state": dict(self.state),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Raises:
-            CheckpointError: it is of another model.
-        """
-        vector = state["vector"]
-        if vector.shape != self.flat.shape or len(state["integers"]) != len(self.integer_state()):
-            raise CheckpointError(
-                f"the checkpoint holds {len(vector):,} vector entries, this model has {len(self.flat):,}"
-            )
-        self.round_idx = int(state["round_idx"])
-        self.flat.copy_(vector)
-        load_integer_state(self.model, np.asarray(state["integers"]))
-        self.metrics = Metrics(*state["metrics"]) if state["metrics"] else None
-        self.state.clear()
-        self.state.update(state["state"])
-
-
-def _means(updates: Sequence[ClientUpdate], ids: IntArray, weights: IntArray) -> dict[str, float]:
-    """Return the weighted means of what visits of these clients reported, by name; NaN if the weights are 0."""
-    weight_of = dict(zip(ids.tolist(), weights.tolist(), strict=True))
-    inside = [update for update in updates if update.client_id in weight_of]
-    means = {}
-    for name in sorted({name for update in inside for name in update.reported}):
-        numbers = [(weight_of[u.client_id], u.reported[name]) for u in inside if name in u.reported]
-        told = [(weight, value) for weight, value in numbers if weight]  # 0 x NaN would be NaN
-        whole = sum(weight for weight, _ in told)
-        means[name] = math.fsum(weight * value for weight, value in told) / whole if whole else math.nan
-    return means
-
-
-def _aligned(values: ArrayLike | None, order: IntArray, name: str) -> IntArray | None:
-    """Return integers per client, in ascending order of client ids."""
-    if values is None:
-        return None
-    given = np.asarray(values)
-    if given.shape != order.shape or (given.dtype.kind not in "iu" and given.size):
-        raise ConfigError(
-            f"{name} must be one integer for each of {len(order)} clients, got {given.dtype} {given.shape}"
-        )
-    return given.astype(np.int64)[order]
